@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up everything they need: Python 3.11 or newer, git and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test unit lint types floors clean
+
+demo: $(VENV)/.ready
+	$(BIN)/woodjax prune --out demo $(ARGS)
+
+test: lint types floors unit
+
+unit: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/pyrefly check
+
+floors: $(VENV)/.ready
+	$(BIN)/lint-imports
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,81 @@
+"""Second-order model compression in JAX.
+
+`loss → per-example gradients → curvature → scores → masks → updates`: six kinds of object, each a
+pytree, each made by a pure function of the one before.
+"""
+
+from woodjax.compensation import compensate
+from woodjax.criteria import magnitude_scores, obd_scores, obs_scores, woodtaylor_scores
+from woodjax.curvature import (
+    BlockFisher,
+    Curvature,
+    DiagonalFisher,
+    LowRankFisher,
+    block_fisher,
+    diagonal_fisher,
+    low_rank_fisher,
+    predicted_loss_change,
+)
+from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
+from woodjax.linalg import (
+    contract,
+    dual_inverse,
+    dual_inverse_diagonal,
+    dual_solve,
+    joint_step_gram,
+    joint_step_inverse,
+    primal_inverse,
+    whiten_gram,
+    woodbury_scan,
+    woodbury_scan_rank_k,
+)
+from woodjax.masks import make_masks, mask_sparsity, nonfinite_scores, prune_count
+from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
+from woodjax.probe import check_loss
+from woodjax.schedules import stage_sparsities
+from woodjax.tree import Layout, apply_masks, is_kernel, make_layout, path_name
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockFisher",
+    "Curvature",
+    "DiagonalFisher",
+    "Layout",
+    "LowRankFisher",
+    "OneShotInfo",
+    "Stage",
+    "all_class_gradients",
+    "apply_masks",
+    "block_fisher",
+    "check_loss",
+    "compensate",
+    "contract",
+    "diagonal_fisher",
+    "dual_inverse",
+    "dual_inverse_diagonal",
+    "dual_solve",
+    "is_kernel",
+    "joint_step_gram",
+    "joint_step_inverse",
+    "low_rank_fisher",
+    "magnitude_scores",
+    "make_layout",
+    "make_masks",
+    "mask_sparsity",
+    "nonfinite_scores",
+    "obd_scores",
+    "obs_scores",
+    "path_name",
+    "per_example_gradients",
+    "predicted_loss_change",
+    "primal_inverse",
+    "prune_count",
+    "prune_one_shot",
+    "sampled_label_gradients",
+    "stage_sparsities",
+    "whiten_gram",
+    "woodbury_scan",
+    "woodbury_scan_rank_k",
+    "woodtaylor_scores",
+]

@@ -1,0 +1,7 @@
+"""`python -m woodjax` is the command `woodjax`."""
+
+import sys
+
+from woodjax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Thin bridges: from a framework's model to the pure functions that the library takes."""

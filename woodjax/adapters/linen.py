@@ -1,0 +1,53 @@
+"""Flax Linen: a module in eval mode as a pure function of its parameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from woodjax.typing import ApplyFn, Params
+
+
+def functional(module: nn.Module, variables: Mapping[str, Any], **kwargs: Any) -> tuple[ApplyFn, Params]:
+    """Split a Linen module and its variables into `apply_fn(params, inputs)` and its parameters.
+
+    Args:
+        module: A module whose call takes a batch of inputs.
+        variables: What `module.init` returned or training made of it.
+        **kwargs: Passed to the call, for example `train=False` or `deterministic=True`.
+
+    Returns:
+        `apply_fn`, and `variables["params"]`.
+
+    Raises:
+        ValueError: No `"params"` in `variables`. When `apply_fn` is traced: the module changed a
+            collection that is not the parameters, as train-mode batch normalisation does.
+
+    Cost:
+        None.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax.linen as nn
+        >>> from woodjax.adapters.linen import functional
+        >>> module = nn.Dense(2)
+        >>> apply_fn, params = functional(module, module.init(jax.random.key(0), jnp.ones((1, 3))))
+        >>> apply_fn(params, jnp.ones((5, 3))).shape
+        (5, 2)
+    """
+    if "params" not in variables:
+        raise ValueError(f"variables have the collections {list(variables)}: 'params' is missing.")
+    rest = {name: value for name, value in variables.items() if name != "params"}
+
+    def apply_fn(params: Params, inputs: Array) -> Float[Array, "n classes"]:
+        logits, changed = module.apply({"params": params, **rest}, inputs, mutable=list(rest), **kwargs)
+        before, after = jax.tree.leaves(rest), jax.tree.leaves(changed)
+        if any(a is not b for a, b in zip(before, after, strict=True)):
+            raise ValueError(
+                f"The module changes {list(changed)} while it is evaluated (train-mode batch normalisation): call it "
+                "in eval mode, for example functional(module, variables, train=False)."
+            )
+        return logits
+
+    return apply_fn, variables["params"]

@@ -1,0 +1,126 @@
+"""The command line: `woodjax prune` prunes a network one-shot by several methods and compares them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+METHODS = ("magnitude", "diagonal", "woodfisher", "woodfisher-staged", "joint", "joint-staged")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; None reads `sys.argv`.
+
+    Returns:
+        Exit code: 0, or 2 for a mistake of the user's, with one line on standard error.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        _prune(options)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error}: install the extras, pip install 'woodjax[examples,data]'")
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"woodjax: error: {line}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="woodjax", description="Second-order model compression in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prune = commands.add_parser(
+        "prune",
+        help="prune a network one-shot by several methods and compare them",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = prune.add_argument
+    add("--dataset", default="digits", help="digits (embedded), mnist, cifar10 or cifar10-subset")
+    add("--data-dir", type=Path, help="folder with the data; WOODJAX_DATA_DIR serves as well")
+    add("--network", help="digits-mlp, mlpnet, resnet20 or resnet20-b; by default what fits the dataset")
+    add("--weights", type=Path, help="torch-layout safetensors file; without it the network is trained first")
+    add("--epochs", type=int, default=30, help="epochs of that training")
+    add("--sparsity", type=float, nargs="+", default=SPARSITIES, help="fractions to prune")
+    add("--method", nargs="+", default=METHODS, help="which of: " + ", ".join([*METHODS, "sum"]))
+    add("--examples", type=int, default=1000, help="examples of the train split for each stage")
+    add("--damping", type=float, default=1e-5, help="damping of the Fisher, in squared gradients")
+    add("--block-size", type=int, default=512, help="block size of woodfisher")
+    add("--stages", type=int, default=16, help="stages of the staged methods")
+    add("--microbatch-size", type=int, default=64, help="per-example gradients computed at once")
+    add("--seed", type=int, default=0, help="seed of initial weights, training and examples")
+    add("--out", type=Path, default=Path("woodjax-out"), help="folder for report.json, summary.png and arrays")
+    return parser
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from woodjax.comparison import load_problem, measure
+    from woodjax.masks import check_sparsity
+    from woodjax.plots import summary_figure
+    from woodjax.recipes import recipes
+    from woodjax.report import Report, save_arrays
+
+    known = recipes(damping=options.damping, block_size=options.block_size, stages=options.stages)
+    for name in options.method:
+        if name not in known:
+            raise ValueError(f"Unknown method {name!r}: choose among {sorted(known)}.")
+    for level in options.sparsity:
+        check_sparsity(level)
+    arrays = options.out / "arrays"
+    arrays.mkdir(parents=True, exist_ok=True)
+
+    console = Console()
+    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        training = bars.add_task("training", total=options.epochs, visible=options.weights is None)
+        problem = load_problem(
+            options.dataset,
+            data_dir=options.data_dir,
+            network=options.network,
+            weights=options.weights,
+            epochs=options.epochs,
+            seed=options.seed,
+            on_epoch=lambda: bars.advance(training),
+        )
+        report = Report(
+            network=problem.network,
+            dataset=options.dataset,
+            seed=options.seed,
+            dense_accuracy=problem.accuracy(problem.params),
+            config={name: _plain(value) for name, value in vars(options).items()},
+        )
+        for name in options.method:
+            bar = bars.add_task(known[name].title, total=known[name].stages * len(options.sparsity))
+            for sparsity in options.sparsity:
+                result, pruned, masks = measure(
+                    problem,
+                    name,
+                    known[name],
+                    sparsity,
+                    examples=options.examples,
+                    seed=options.seed,
+                    microbatch_size=options.microbatch_size,
+                    on_stage=lambda _, bar=bar: bars.advance(bar),
+                )
+                report.results.append(result)
+                save_arrays(arrays / f"{name}-{sparsity:g}.safetensors", pruned, masks)
+                report.save(options.out / "report.json")
+    summary_figure(report).savefig(options.out / "summary.png", dpi=150)
+    console.print(report.table())
+    console.print(f"Report, picture, weights and masks are in {options.out}/.")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

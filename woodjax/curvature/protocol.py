@@ -1,0 +1,77 @@
+"""The questions that every curvature answers, and the one thing they all derive from them."""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from woodjax import linalg
+from woodjax.tree import check_like
+from woodjax.typing import Masks, Params, Updates
+
+
+@runtime_checkable
+class Curvature(Protocol):
+    """An approximation `H` of the Hessian of the mean loss, damped: positive definite.
+
+    Scores and updates are written against these questions alone, so an object of your own that
+    answers them works everywhere in the library. Leaves that are not prunable are held fixed:
+    they have no row or column in `H`, and every answer is 0 there.
+    """
+
+    def inverse_diagonal(self) -> Params:
+        """`[H⁻¹]_qq` for every coordinate; 0 where the coordinate is held fixed."""
+        ...
+
+    def solve(self, tree: Params) -> Params:
+        """Inverse-Hessian-vector product `H⁻¹v`."""
+        ...
+
+    def matvec(self, tree: Params) -> Params:
+        """Hessian-vector product `Hv`."""
+        ...
+
+    def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
+        """Exact minimiser `δ` of `ḡᵀδ + ½δᵀHδ` subject to `δ_Q = −w_Q`, all of `Q` at once."""
+        ...
+
+
+def predicted_loss_change(
+    updates: Updates, curvature: Curvature, gradient: Params | None = None
+) -> Float[Array, ""]:
+    """Loss change that the quadratic model predicts for an update: `ḡᵀδ + ½δᵀHδ`.
+
+    Args:
+        updates: `δ`, a params-tree.
+        curvature: Stands for `H`, damping included.
+        gradient: Mean gradient `ḡ`; None for a network at a minimum.
+
+    Returns:
+        A scalar in units of the loss.
+
+    Raises:
+        ValueError: `gradient` is not shaped like `updates`.
+
+    Cost:
+        One `curvature.matvec`.
+
+    References:
+        LeCun, Denker & Solla, Optimal Brain Damage, 1989, equation 1.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> fisher = wj.diagonal_fisher({"w": jnp.array([[[1.0, 3.0]]])}, damping=1.0)  # H = diag(2, 10)
+        >>> float(wj.predicted_loss_change({"w": jnp.array([[1.0, 1.0]])}, fisher))
+        6.0
+    """
+    change = 0.5 * _inner(updates, curvature.matvec(updates))
+    if gradient is not None:
+        check_like(gradient, updates, "gradient")
+        change += _inner(updates, gradient)
+    return change
+
+
+def _inner(x: Params, y: Params) -> Float[Array, ""]:
+    products = jax.tree.map(lambda a, b: linalg.contract("i,i->", jnp.ravel(a), jnp.ravel(b)), x, y)
+    return sum(jax.tree.leaves(products), start=jnp.zeros(()))

@@ -1,0 +1,136 @@
+"""Small real data sets as arrays: embedded, from a TFDS directory, or from an npz file.
+
+| name | where from | normalised by |
+|---|---|---|
+| `digits` | scikit-learn's UCI digits, inside the package: no network | 16 |
+| `mnist` | TFDS directory `mnist/3.0.1` (`array_record`; TensorFlow is not needed) | mean .1307, std .3081 |
+| `cifar10` | TFDS directory `cifar10/3.0.2` | ImageNet's means and deviations |
+| `cifar10-subset` | `cifar10_exact_subset.npz`: original pixels, 3,805 train and 761 test images | the same |
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+
+Images = UInt8[np.ndarray, "n h w c"]
+Labels = Integer[np.ndarray, " n"]
+Split = tuple[Images, Labels]
+
+MNIST = (0.1307,), (0.3081,)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Dataset(NamedTuple):
+    """A classification data set, normalised."""
+
+    name: str
+    train_inputs: Float[np.ndarray, "n h w c"]
+    train_labels: Integer[np.ndarray, " n"]
+    test_inputs: Float[np.ndarray, "t h w c"]
+    test_labels: Integer[np.ndarray, " t"]
+
+
+def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+    """Load a data set by name.
+
+    Args:
+        name: `digits`, `mnist`, `cifar10` or `cifar10-subset`.
+        data_dir: Folder that holds the TFDS directories (or a `tensorflow_datasets` folder with
+            them) and the npz file; None reads the environment variable `WOODJAX_DATA_DIR`.
+            `digits` needs none.
+
+    Returns:
+        Float32 images `[n, h, w, c]` and integer labels.
+
+    Raises:
+        ValueError: Unknown name, or no folder given.
+        FileNotFoundError: The folder lacks the data set.
+
+    Cost:
+        Decoded arrays are kept in the system's temporary folder for the next run.
+    """
+    if name not in READERS:
+        raise ValueError(f"Unknown dataset {name!r}: choose one of {sorted(READERS)}.")
+    read, (mean, std) = READERS[name]
+    if name == "digits":
+        folder = Path()
+    else:
+        given = data_dir or os.environ.get("WOODJAX_DATA_DIR")
+        if not given:
+            raise ValueError(f"Dataset {name!r} is read from a folder: pass --data-dir or set WOODJAX_DATA_DIR.")
+        folder = Path(given)
+    (train_x, train_y), (test_x, test_y) = read(folder)
+
+    def normalise(images: Images) -> Float[np.ndarray, "n h w c"]:
+        scaled = images.astype(np.float32) / (16 if name == "digits" else 255)
+        return (scaled - np.float32(mean)) / np.float32(std)
+
+    return Dataset(name, normalise(train_x), train_y.astype(np.int32), normalise(test_x), test_y.astype(np.int32))
+
+
+def _digits(folder: Path) -> tuple[Split, Split]:
+    del folder
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(labels))
+    train, test = order[:1347], order[1347:]
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def _tfds(name: str) -> Callable[[Path], tuple[Split, Split]]:
+    def read(folder: Path) -> tuple[Split, Split]:
+        roots = [root for root in (folder, folder / "tensorflow_datasets") if (root / name).is_dir()]
+        if not roots:
+            raise FileNotFoundError(
+                f"No {name} in {folder}: expected {folder / name} or {folder / 'tensorflow_datasets' / name}."
+            )
+        key = hashlib.sha256(str((roots[0] / name).resolve()).encode()).hexdigest()[:12]
+        return _cached(f"{name}-{key}", lambda: (_decode(name, "train", roots[0]), _decode(name, "test", roots[0])))
+
+    return read
+
+
+def _decode(name: str, split: str, root: Path) -> Split:
+    import tensorflow_datasets as tfds
+
+    source = tfds.data_source(name, split=split, data_dir=root)
+    records = [source[i] for i in range(len(source))]
+    return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
+
+
+def _cached(name: str, make: Callable[[], tuple[Split, Split]]) -> tuple[Split, Split]:
+    cache = Path(tempfile.gettempdir()) / f"woodjax-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    file = cache / f"{name}.npz"
+    if not file.exists():
+        (train_x, train_y), (test_x, test_y) = make()
+        part = file.with_suffix(f".{os.getpid()}.npz")
+        np.savez(part, train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y)
+        part.replace(file)
+    with np.load(file) as arrays:
+        return (arrays["train_x"], arrays["train_y"]), (arrays["test_x"], arrays["test_y"])
+
+
+def _subset(folder: Path) -> tuple[Split, Split]:
+    file = folder / "cifar10_exact_subset.npz"
+    if not file.is_file():
+        raise FileNotFoundError(f"No {file.name} in {folder}.")
+    with np.load(file) as arrays:
+        train = arrays["train_images"], arrays["train_labels"]
+        return train, (arrays["test_images"], arrays["test_labels"])
+
+
+READERS = {
+    "digits": (_digits, ((0.0,), (1.0,))),
+    "mnist": (_tfds("mnist"), MNIST),
+    "cifar10": (_tfds("cifar10"), IMAGENET),
+    "cifar10-subset": (_subset, IMAGENET),
+}

@@ -1,0 +1,110 @@
+"""Pictures of pruning: accuracy against sparsity, and where the survivors are."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from woodjax.report import Report, Result
+
+COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")  # Okabe & Ito
+STYLE = {"mask": ":", "update": "--", "staged": "-"}
+
+
+def summary_figure(report: Report) -> Figure:
+    """Accuracy against sparsity beside the density of each leaf, for all methods of a run.
+
+    Args:
+        report: A run with at least one result.
+
+    Returns:
+        A matplotlib figure: save it by `figure.savefig(file)`.
+
+    Raises:
+        ValueError: No results.
+    """
+    if not report.results:
+        raise ValueError("The report has no results to draw.")
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_accuracy(left, report.results, dense=report.dense_accuracy)
+    levels = sorted({result.sparsity for result in report.results})
+    level = min(levels, key=lambda s: abs(s - 0.9))
+    draw_leaf_density(right, [result for result in report.results if result.sparsity == level])
+    figure.suptitle(f"{report.network} on {report.dataset}, seed {report.seed}")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> None:
+    """Draw test accuracy against sparsity, a line for each method.
+
+    The horizontal axis is logarithmic in the kept fraction, so that high sparsities have room.
+
+    Args:
+        axes: Where to.
+        results: Any number of methods and sparsities.
+        dense: Accuracy of the dense network.
+    """
+    axes.axhline(100 * dense, color="0.7", linewidth=1, label="dense")
+    for color, (title, rows) in zip(_colors(results), _by_method(results).items(), strict=False):
+        axes.plot(
+            [1 - row.sparsity for row in rows],
+            [100 * row.accuracy for row in rows],
+            STYLE[rows[0].column],
+            color=color,
+            marker="o",
+            markersize=4,
+            label=title,
+        )
+    kept = sorted({1 - result.sparsity for result in results if result.sparsity < 1}, reverse=True)
+    axes.set_xscale("log")
+    axes.set_xlim(kept[0] * 1.08, kept[-1] / 1.08)
+    axes.xaxis.set_major_locator(FixedLocator(kept))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{100 * (1 - k):g}" for k in kept])
+    axes.set_xlabel("sparsity, %")
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(alpha=0.3)
+
+
+def draw_leaf_density(axes: Axes, results: Sequence[Result]) -> None:
+    """Draw the kept fraction of each leaf, a line for each method.
+
+    Args:
+        axes: Where to.
+        results: One sparsity, any number of methods.
+    """
+    for color, (_, rows) in zip(_colors(results), _by_method(results).items(), strict=False):
+        density = rows[0].leaf_density
+        axes.plot(
+            range(len(density)),
+            [100 * value for value in density.values()],
+            STYLE[rows[0].column],
+            color=color,
+            marker="o",
+            markersize=4,
+        )
+    names = list(results[0].leaf_density)
+    axes.set_xticks(range(len(names)), [name.removesuffix("/kernel") for name in names], rotation=90)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(0, 105)
+    ticks = [0, 1, 2, 5, 10, 20, 50, 100]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylabel("kept in the leaf, %")
+    axes.set_title(f"at {100 * results[0].sparsity:g} % sparsity")
+    axes.grid(alpha=0.3)
+
+
+def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    titles = dict.fromkeys(result.title for result in results)
+    return {
+        title: sorted((r for r in results if r.title == title), key=lambda r: r.sparsity) for title in titles
+    }
+
+
+def _colors(results: Sequence[Result]) -> list[str]:
+    count = len({result.title for result in results})
+    return [COLORS[i % len(COLORS)] for i in range(count)]

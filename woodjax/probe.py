@@ -1,0 +1,136 @@
+"""Is this loss fit for per-example gradients? Asked of its trace, before anything runs.
+
+Two mistakes give plausible numbers and wrong curvature, and neither raises by itself: dropout
+(or any noise) left on, and batch normalisation left in train mode, which inside `vmap`
+normalises every example by itself alone. Both leave marks in the jaxpr of the loss: random
+primitives, and a reciprocal square root of a reduction over a batch axis of length one.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from woodjax.tree import path_name
+from woodjax.typing import Example, LossFn, Params
+
+RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+ROOTS = ("rsqrt", "sqrt")
+MIXING = ("dot_general", "conv_general_dilated")  # a new layer begins: what came before is not its statistics
+
+
+def check_loss(loss_fn: LossFn, params: Params, example: Example) -> None:
+    """Raise unless `loss_fn(params, example)` is a deterministic, per-example scalar loss.
+
+    Args:
+        loss_fn: The loss of one example.
+        params: A params-tree, or its shapes.
+        example: One example, or its shapes.
+
+    Raises:
+        ValueError: A parameter leaf that is not floating; a loss that is not a floating scalar;
+            random numbers inside the loss (dropout); train-mode batch normalisation; two
+            traces that differ.
+
+    Cost:
+        Two traces of the loss; nothing runs on the device.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> wj.check_loss(lambda w, x: (w * x).sum(), jnp.ones(2), jnp.ones(2))
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"Leaf '{path_name(path)}' is {jnp.result_type(leaf)}: only floating parameters have gradients. "
+                "Split it off first, for example by nnx.split(model, nnx.Param, ...) or eqx.partition."
+            )
+    closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, example)
+    if not hasattr(shape, "shape") or shape.shape != () or not jnp.issubdtype(shape.dtype, jnp.floating):
+        raise ValueError(f"loss_fn returned {shape}: it must return one floating scalar for ONE example.")
+    for equation in _equations(closed.jaxpr):
+        if equation.primitive.name in RANDOM:
+            raise ValueError(
+                f"loss_fn draws random numbers ({equation.primitive.name}), for example by dropout: its gradients "
+                "would be of another network each time. Call it in eval mode (model.eval(), deterministic=True)."
+            )
+    if _batch_normalised(closed.jaxpr, [False] * len(closed.jaxpr.invars))[0]:
+        raise ValueError(
+            "loss_fn divides by the standard deviation over a batch axis of length one: batch normalisation in "
+            "train mode. Per-example gradients need running statistics: call model.eval() or pass "
+            "use_running_average=True. If this is another kind of layer, pass check=False."
+        )
+    again = jax.make_jaxpr(loss_fn)(params, example)
+    if _program(closed) != _program(again) or not _same_constants(closed.consts, again.consts):
+        raise ValueError(
+            "loss_fn gave two different programs when traced twice: it reads state from outside (NumPy random "
+            "numbers, a counter). Make it a pure function of (params, example)."
+        )
+
+
+def _sub_jaxprs(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in _sub_jaxprs(equation):
+            yield from _equations(inner)
+
+
+def _batch_normalised(jaxpr: Any, marks: list[bool]) -> tuple[bool, list[bool]]:
+    """Follow every reduction over a batch axis of length one until it meets a square root.
+
+    Args:
+        jaxpr: What to read.
+        marks: For each input, is it such a reduction already?
+
+    Returns:
+        Whether a root was met, and the marks of the outputs.
+    """
+    marked = {var for var, mark in zip(jaxpr.invars, marks, strict=True) if mark}
+
+    def is_marked(var: Any) -> bool:
+        return not isinstance(var, core.Literal) and var in marked
+
+    for equation in jaxpr.eqns:
+        name, inputs = equation.primitive.name, [is_marked(var) for var in equation.invars]
+        outputs = [any(inputs) and name not in MIXING] * len(equation.outvars)
+        if name in ROOTS and any(inputs):
+            return True, []
+        if name == "reduce_sum":
+            shape, axes = equation.invars[0].aval.shape, equation.params["axes"]
+            outputs = [0 in axes and shape[0] == 1 and len(axes) < len(shape)]
+        for inner in _sub_jaxprs(equation):
+            surplus = len(inputs) - len(inner.invars)  # cond has its index in front
+            found, inner_marks = _batch_normalised(
+                inner, inputs[surplus:] if surplus >= 0 else [False] * len(inner.invars)
+            )
+            if found:
+                return True, []
+            if len(inner_marks) == len(outputs):
+                outputs = inner_marks
+        marked.update(var for var, mark in zip(equation.outvars, outputs, strict=True) if mark)
+    return False, [is_marked(var) for var in jaxpr.outvars]
+
+
+def _program(closed: Any) -> str:
+    return re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr))  # addresses of custom derivative rules
+
+
+def _same_constants(ours: list[Any], theirs: list[Any]) -> bool:
+    for a, b in zip(ours, theirs, strict=True):
+        known = not isinstance(a, jax.core.Tracer) and not isinstance(b, jax.core.Tracer)
+        if a is not b and known and not np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True):
+            return False
+    return True

@@ -1,0 +1,118 @@
+"""The one-shot methods by name: which curvature, criterion, update and number of stages each is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from jaxtyping import Array, Key
+
+from woodjax.compensation import Method
+from woodjax.criteria import magnitude_scores, obs_scores
+from woodjax.curvature import Curvature, block_fisher, diagonal_fisher, low_rank_fisher
+from woodjax.masks import make_masks
+from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
+from woodjax.tree import apply_masks
+from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
+
+Column = Literal["mask", "update", "staged"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to prune; `curvature=None` is magnitude."""
+
+    title: str
+    curvature: Callable[[Gradients], Curvature] | None
+    update: Method | None
+    stages: int = 1
+
+    @property
+    def column(self) -> Column:
+        """Which column of a results table it belongs to; columns are never compared blindly."""
+        if self.stages > 1:
+            return "staged"
+        return "mask" if self.update is None else "update"
+
+
+def recipes(*, damping: float = 1e-5, block_size: int = 512, stages: int = 16) -> dict[str, Recipe]:
+    """The methods of the command line and the benchmarks.
+
+    Args:
+        damping: `λ` of every Fisher, in units of squared gradients.
+        block_size: Block size of `woodfisher` and `woodfisher-staged`.
+        stages: Stages of the staged methods.
+
+    Returns:
+        Recipes by name.
+
+    Raises:
+        ValueError: `stages < 2`: a staged method would be called so without being it.
+    """
+    if stages < 2:
+        raise ValueError(f"stages is {stages}: the staged methods need at least 2.")
+    diagonal = partial(diagonal_fisher, damping=damping)
+    blocks = partial(block_fisher, block_size=block_size, damping=damping)
+    whole = partial(low_rank_fisher, damping=damping)
+    return {
+        "magnitude": Recipe("Magnitude", None, None),
+        "diagonal": Recipe("Diagonal Fisher", diagonal, None),
+        "woodfisher": Recipe(f"WoodFisher, blocks of {block_size}, sum", blocks, "sum"),
+        "woodfisher-staged": Recipe(f"WoodFisher, blocks, sum, {stages} stages", blocks, "sum", stages),
+        "sum": Recipe("Whole Fisher, sum", whole, "sum"),
+        "joint": Recipe("Whole Fisher, joint", whole, "joint"),
+        "joint-staged": Recipe(f"Whole Fisher, joint, {stages} stages", whole, "joint", stages),
+    }
+
+
+def prune(
+    recipe: Recipe,
+    loss_fn: LossFn,
+    params: Params,
+    pool: Batch,
+    sparsity: float,
+    *,
+    examples: int,
+    key: Key[Array, ""],
+    microbatch_size: int = 64,
+    on_stage: Callable[[Stage], None] | None = None,
+) -> tuple[Params, Masks, OneShotInfo | None]:
+    """Prune by a recipe, globally.
+
+    Args:
+        recipe: What to do.
+        loss_fn: Loss of one example.
+        params: The trained network.
+        pool: Examples, `[n, ...]`.
+        sparsity: Fraction to prune.
+        examples: Fresh examples of the pool for each stage.
+        key: Shuffles the pool.
+        microbatch_size: Gradient rows computed at once.
+        on_stage: Called after each stage.
+
+    Returns:
+        Pruned parameters, masks, and what was done (None for magnitude, which sees no data).
+
+    Raises:
+        ValueError: As `woodjax.prune_one_shot`.
+    """
+    if recipe.curvature is None:
+        masks = make_masks(magnitude_scores(params), sparsity)
+        pruned = apply_masks(params, masks)
+        if on_stage is not None:
+            on_stage(Stage(pruned, masks, None))
+        return pruned, masks, None
+    return prune_one_shot(
+        loss_fn,
+        params,
+        pool,
+        sparsity,
+        stages=recipe.stages,
+        examples_per_stage=examples,
+        key=key,
+        curvature=recipe.curvature,
+        criterion=obs_scores,
+        method=recipe.update,
+        microbatch_size=microbatch_size,
+        on_stage=on_stage,
+    )
