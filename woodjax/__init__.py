@@ -18,6 +18,8 @@ from woodjax.curvature import (
 )
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
 from woodjax.linalg import (
+    DampedInverse,
+    Whitener,
     contract,
     dual_inverse,
     dual_inverse_diagonal,
@@ -40,11 +42,13 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockFisher",
     "Curvature",
+    "DampedInverse",
     "DiagonalFisher",
     "Layout",
     "LowRankFisher",
     "OneShotInfo",
     "Stage",
+    "Whitener",
     "all_class_gradients",
     "apply_masks",
     "block_fisher",

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sparsity", type=float, nargs="+", default=SPARSITIES, help="fractions to prune")
     add("--method", nargs="+", default=METHODS, help="which of: " + ", ".join([*METHODS, "sum"]))
     add("--examples", type=int, default=1000, help="examples of the train split for each stage")
-    add("--damping", type=float, default=1e-5, help="damping of the Fisher, in squared gradients")
+    add("--damping", type=float, default=1e-3, help="damping of the Fisher, in squared gradients")
     add("--block-size", type=int, default=512, help="block size of woodfisher")
     add("--stages", type=int, default=16, help="stages of the staged methods")
     add("--microbatch-size", type=int, default=64, help="per-example gradients computed at once")

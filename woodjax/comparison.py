@@ -89,7 +89,7 @@ def load_problem(
     model.eval()
     try:
         jax.eval_shape(*functional(model), data.train_inputs[:1])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         shape = data.train_inputs.shape[1:]
         raise ValueError(f"Network {network!r} does not take the inputs of {dataset!r}, shape {shape}.") from error
     if weights is not None:

@@ -71,7 +71,9 @@ def compensate(
         steps = _sum_of_single_steps(params, masks, curvature, gradient)
     else:
         raise ValueError(f"method is {method!r}: choose 'joint' or 'sum'.")
-    return jax.tree.map(lambda w, mask, step: jnp.where(mask, step.astype(w.dtype), -w), params, masks, steps)
+    return jax.tree.map(
+        lambda w, mask, step: jnp.where(mask, step.astype(jnp.result_type(w)), -w), params, masks, steps
+    )
 
 
 def _sum_of_single_steps(params: Params, masks: Masks, curvature: Curvature, gradient: Params | None) -> Updates:

@@ -143,6 +143,7 @@ def _surgeon(target: Params, inverse_diagonal: Params) -> Scores:
 
 
 def _wide(w: Float[Array, "..."]) -> Float[Array, "..."]:
+    w = jnp.asarray(w)
     return w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
 

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
@@ -69,7 +69,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
 
     def normalise(images: Images) -> Float[np.ndarray, "n h w c"]:
         scaled = images.astype(np.float32) / (16 if name == "digits" else 255)
-        return (scaled - np.float32(mean)) / np.float32(std)
+        return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
     return Dataset(name, normalise(train_x), train_y.astype(np.int32), normalise(test_x), test_y.astype(np.int32))
 
@@ -101,7 +101,7 @@ def _tfds(name: str) -> Callable[[Path], tuple[Split, Split]]:
 def _decode(name: str, split: str, root: Path) -> Split:
     import tensorflow_datasets as tfds
 
-    source = tfds.data_source(name, split=split, data_dir=root)
+    source: Any = tfds.data_source(name, split=split, data_dir=root)
     records = [source[i] for i in range(len(source))]
     return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
 

@@ -2,11 +2,13 @@
 
 Which label a gradient is taken at decides which Fisher comes out:
 
-| function | rows | `(1/rows) Σ g gᵀ` is |
-|---|---|---|
-| `per_example_gradients` | one for each example, at its true label | the empirical Fisher |
-| `sampled_label_gradients` | one for each sample, at a label drawn from the model | an unbiased estimate of the Fisher; needs no labels |
-| `all_class_gradients` | one for each example and class, weighted by `√(C p_c)` | the exact Fisher (= Gauss–Newton for softmax cross-entropy) |
+| function | a row for each | at | `(1/rows) Σ g gᵀ` is |
+|---|---|---|---|
+| `per_example_gradients` | example | its true label | the empirical Fisher |
+| `sampled_label_gradients` | sample | a label drawn from the model | an unbiased estimate of the Fisher |
+| `all_class_gradients` | example, class | that class, times `√(C p_c)` | the exact Fisher |
+
+The last two need no labels; for softmax cross-entropy the exact Fisher is the Gauss–Newton matrix.
 
 Memory: `rows · d` for the result; the backward pass holds `microbatch_size` examples at a time.
 """
@@ -154,6 +156,12 @@ def all_class_gradients(
 def batch_size(batch: Batch) -> int:
     """Number of examples in a batch.
 
+    Args:
+        batch: Examples stacked along the first axis of every leaf.
+
+    Returns:
+        `n`.
+
     Raises:
         ValueError: No leaf, a leaf without a batch axis, or leaves of different or zero length.
     """
@@ -206,7 +214,7 @@ class _AllClassRows:
 
 
 def _logits(apply_fn: ApplyFn, params: Params, example: Batch) -> tuple[Array, Callable[[Array], Gradients]]:
-    """Logits `[C]` of one input, and the map from cotangents `[r, C]` to `r` rows of gradients."""
+    # Logits [C] of one input, and the map from cotangents [r, C] to r rows of gradients.
     one = jax.tree.map(lambda x: x[None], example)
     logits, vjp = jax.vjp(lambda p: apply_fn(p, one), params)
     if logits.ndim != 2 or logits.shape[0] != 1:

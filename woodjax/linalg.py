@@ -10,10 +10,16 @@ Symbols: `G [m, b]` gradients, `λ` damping, `F = λI + GᵀG/m` the damped Fish
 | `dual_inverse` | `F⁻¹` by Cholesky of the Gram matrix | `2m²b + m³ + 2mb²` | `m < b` |
 | `whiten_gram` | the factor that answers the rest without `F⁻¹` | `2m²b + m³` | `m ≪ b`, the whole network |
 
-Everything here is for one block and is meant to be `vmap`ped and `jit`ted. Every contraction goes
+A Cholesky factor that rounding has spoiled is made again with ten times the damping, block by block;
+the damping that was used is returned beside the factor, and nothing is replaced silently.
+
+Everything here is for one block, jitted, and meant to be `vmap`ped. Every contraction goes
 through `contract`: JAX's default float32 product is bfloat16 on TPU and TF32 on recent GPUs,
 and `1 − ΣZ²` does not survive that.
 """
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +27,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float
 
+MAX_RAISES = 12  # times that a damping may be multiplied by ten
 COLUMN_CHUNK = 8192  # columns of G whitened at once: bounds the workspace of `dual_inverse_diagonal`
 
 
@@ -41,6 +48,7 @@ def contract(subscripts: str, *operands: Array) -> Array:
     return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
+@jax.jit
 def woodbury_scan(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> Float[Array, "b b"]:
     """Invert the damped Fisher by one rank-1 Woodbury update per example.
 
@@ -74,6 +82,7 @@ def woodbury_scan(gradients: Float[Array, "m b"], damping: Float[Array, ""] | fl
     return lax.scan(step, jnp.eye(b, dtype=dtype) / damping, gradients)[0]
 
 
+@partial(jax.jit, static_argnames="rank")
 def woodbury_scan_rank_k(
     gradients: Float[Array, "m b"], damping: Float[Array, ""] | float, *, rank: int = 32
 ) -> Float[Array, "b b"]:
@@ -113,7 +122,22 @@ def woodbury_scan_rank_k(
     return lax.scan(step, jnp.eye(b, dtype=dtype) / damping, chunks)[0]
 
 
-def primal_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> Float[Array, "b b"]:
+class DampedInverse(NamedTuple):
+    """An inverse, and the damping that it took."""
+
+    inverse: Float[Array, "b b"]
+    damping: Float[Array, ""]  # as asked, or raised by powers of ten
+
+
+class Whitener(NamedTuple):
+    """The inverse Cholesky factor `L⁻¹` of `mλI + GGᵀ`, and the damping `λ` that it took."""
+
+    root: Float[Array, "m m"]
+    damping: Float[Array, ""]  # as asked, or raised by powers of ten
+
+
+@jax.jit
+def primal_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> DampedInverse:
     """Invert the damped Fisher by a Cholesky factor of `F` itself.
 
     Args:
@@ -121,19 +145,19 @@ def primal_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | f
         damping: `λ > 0`, in units of squared gradients.
 
     Returns:
-        `F⁻¹ [b, b]`, symmetric; NaN where the factor fails (`λ` below about 1e-7 of the largest
-        eigenvalue in float32).
+        `F⁻¹ [b, b]`, symmetric, and the damping used: higher than asked if `λ` is below about
+        1e-7 of the largest eigenvalue in float32.
 
     Cost:
         `2mb² + 2b³` flops; `2b²` workspace.
     """
-    m, b = gradients.shape
-    fisher = contract("mi,mj->ij", gradients, gradients) / m
-    root = _inverse_cholesky(fisher + damping * jnp.eye(b, dtype=fisher.dtype))
-    return contract("ki,kj->ij", root, root)
+    m = gradients.shape[0]
+    root, used = _inverse_cholesky(contract("mi,mj->ij", gradients, gradients) / m, damping)
+    return DampedInverse(contract("ki,kj->ij", root, root), used)
 
 
-def whiten_gram(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> Float[Array, "m m"]:
+@jax.jit
+def whiten_gram(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> Whitener:
     """Inverse Cholesky factor `L⁻¹` of the dual matrix `mλI + GGᵀ = LLᵀ`.
 
     All that the dual form is asked is a matrix product with it: `F⁻¹ = (I − ZᵀZ)/λ`, `Z = L⁻¹G`.
@@ -143,7 +167,7 @@ def whiten_gram(gradients: Float[Array, "m b"], damping: Float[Array, ""] | floa
         damping: `λ > 0`, in units of squared gradients.
 
     Returns:
-        `L⁻¹ [m, m]`, lower triangular; NaN where the factor fails.
+        `L⁻¹ [m, m]`, lower triangular, and the damping used.
 
     Cost:
         `2m²b + m³` flops; `2m²` workspace.
@@ -152,11 +176,12 @@ def whiten_gram(gradients: Float[Array, "m b"], damping: Float[Array, ""] | floa
         Frantar et al., M-FAC, 2021 (arXiv 2107.03356): the same products from stored gradients.
     """
     m = gradients.shape[0]
-    gram = contract("ib,jb->ij", gradients, gradients)
-    return _inverse_cholesky(gram + m * damping * jnp.eye(m, dtype=gram.dtype))
+    root, used = _inverse_cholesky(contract("ib,jb->ij", gradients, gradients), m * damping)
+    return Whitener(root, used / m)
 
 
-def dual_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> Float[Array, "b b"]:
+@jax.jit
+def dual_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> DampedInverse:
     """Invert the damped Fisher through the `m × m` Gram matrix.
 
     `F⁻¹ = (I − Gᵀ(mλI + GGᵀ)⁻¹G)/λ`.
@@ -166,26 +191,23 @@ def dual_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | flo
         damping: `λ > 0`, in units of squared gradients.
 
     Returns:
-        `F⁻¹ [b, b]`, symmetric.
+        `F⁻¹ [b, b]`, symmetric, and the damping used.
 
     Cost:
         `2m²b + m³ + 2mb²` flops.
     """
-    z = contract("ij,jb->ib", whiten_gram(gradients, damping), gradients)
-    return (jnp.eye(z.shape[1], dtype=z.dtype) - contract("mi,mj->ij", z, z)) / damping
+    root, used = whiten_gram(gradients, damping)
+    z = contract("ij,jb->ib", root, gradients)
+    return DampedInverse((jnp.eye(z.shape[1], dtype=z.dtype) - contract("mi,mj->ij", z, z)) / used, used)
 
 
-def dual_inverse_diagonal(
-    gradients: Float[Array, "m b"],
-    whitener: Float[Array, "m m"],
-    damping: Float[Array, ""] | float,
-) -> Float[Array, " b"]:
+@jax.jit
+def dual_inverse_diagonal(gradients: Float[Array, "m b"], whitener: Whitener) -> Float[Array, " b"]:
     """Diagonal of `F⁻¹` without `F⁻¹`: `(1 − Σᵢ Z_iq²)/λ`, a chunk of columns at a time.
 
     Args:
         gradients: Per-example gradients `G [m, b]`.
-        whitener: `L⁻¹` from `whiten_gram`.
-        damping: The same `λ`.
+        whitener: From `whiten_gram`.
 
     Returns:
         `[F⁻¹]_qq` for every `q`, `[b]`, clipped to the range `(0, 1/λ]` that exact arithmetic has.
@@ -199,26 +221,25 @@ def dual_inverse_diagonal(
 
     def leverage(start: Array) -> Array:
         columns = lax.dynamic_slice(gradients, (0, start), (m, chunk))
-        z = contract("ij,jb->ib", whitener, columns)
+        z = contract("ij,jb->ib", whitener.root, columns)
         return contract("ib,ib->b", z, z)
 
     sums = lax.map(leverage, starts)
     whole = jnp.zeros(b, sums.dtype).at[starts[:, None] + jnp.arange(chunk)].set(sums)
-    return jnp.clip(1 - whole, jnp.finfo(sums.dtype).eps) / damping
+    return jnp.clip(1 - whole, jnp.finfo(sums.dtype).eps) / whitener.damping
 
 
+@jax.jit
 def dual_solve(
     gradients: Float[Array, "m b"],
-    whitener: Float[Array, "m m"],
-    damping: Float[Array, ""] | float,
+    whitener: Whitener,
     vector: Float[Array, " b"],
 ) -> Float[Array, " b"]:
     """Inverse-Fisher-vector product `F⁻¹v = (v − Gᵀ(mλI + GGᵀ)⁻¹Gv)/λ`.
 
     Args:
         gradients: Per-example gradients `G [m, b]`.
-        whitener: `L⁻¹` from `whiten_gram`.
-        damping: The same `λ`.
+        whitener: From `whiten_gram`.
         vector: `v [b]`.
 
     Returns:
@@ -227,11 +248,12 @@ def dual_solve(
     Cost:
         `4mb + 4m²` flops.
     """
-    coefficients = contract("ij,j->i", whitener, contract("mb,b->m", gradients, vector))
-    back = contract("mb,m->b", gradients, contract("ij,i->j", whitener, coefficients))
-    return (vector - back) / damping
+    coefficients = contract("ij,j->i", whitener.root, contract("mb,b->m", gradients, vector))
+    back = contract("mb,m->b", gradients, contract("ij,i->j", whitener.root, coefficients))
+    return (vector - back) / whitener.damping
 
 
+@jax.jit
 def joint_step_gram(
     gradients: Float[Array, "m b"],
     damping: Float[Array, ""] | float,
@@ -264,13 +286,14 @@ def joint_step_gram(
     survivors = jnp.where(kept, gradients, 0)
     whitener = whiten_gram(survivors, damping)
     residual = contract("mb,b->m", gradients, jnp.where(kept, 0, weights))
-    dual = contract("ij,i->j", whitener, contract("ij,j->i", whitener, residual))
+    dual = contract("ij,i->j", whitener.root, contract("ij,j->i", whitener.root, residual))
     step = contract("mb,m->b", survivors, dual)
     if gradient is not None:
-        step -= dual_solve(survivors, whitener, damping, jnp.where(kept, gradient, 0))
+        step -= dual_solve(survivors, whitener, jnp.where(kept, gradient, 0))
     return jnp.where(kept, step, -weights)
 
 
+@jax.jit
 def joint_step_inverse(
     inverse: Float[Array, "b b"],
     weights: Float[Array, " b"],
@@ -307,6 +330,7 @@ def joint_step_inverse(
     return jnp.where(kept, step, -weights)
 
 
+@jax.jit
 def solve_cholesky(matrix: Float[Array, "n n"], vector: Float[Array, " n"]) -> Float[Array, " n"]:
     """Solve a symmetric positive definite system.
 
@@ -323,8 +347,26 @@ def solve_cholesky(matrix: Float[Array, "n n"], vector: Float[Array, " n"]) -> F
     return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), vector)
 
 
-def _inverse_cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    # An explicit triangular inverse turns every later solve into a matrix product: on CPU, GPU and TPU
-    # that is several times faster than a triangular solve with as many right-hand sides as parameters.
-    factor = jnp.linalg.cholesky(matrix)
-    return solve_triangular(factor, jnp.eye(matrix.shape[0], dtype=matrix.dtype), lower=True)
+def _inverse_cholesky(
+    matrix: Float[Array, "n n"], ridge: Float[Array, ""] | float
+) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """`L⁻¹` of `matrix + ridge·I = LLᵀ`, and the ridge it took; `matrix` is positive semidefinite."""
+    n, dtype = matrix.shape[0], matrix.dtype
+    eye = jnp.eye(n, dtype=dtype)
+
+    def is_spoiled(state: tuple[Array, Array, Array]) -> Array:
+        # Every pivot is at least the smallest eigenvalue, so at least the ridge: one that is not is rounding.
+        factor, used, raises = state
+        sound = jnp.all(jnp.diagonal(factor) ** 2 >= 0.99 * used)
+        return ~sound & (raises < MAX_RAISES)
+
+    def raise_ridge(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        _, used, raises = state
+        return jnp.linalg.cholesky(matrix + 10 * used * eye), 10 * used, raises + 1
+
+    first = jnp.asarray(ridge, dtype)
+    start = (jnp.linalg.cholesky(matrix + first * eye), first, jnp.zeros((), jnp.int32))
+    factor, used, _ = lax.while_loop(is_spoiled, raise_ridge, start)
+    # An explicit triangular inverse turns every later solve into a matrix product: several times faster than a
+    # triangular solve with as many right-hand sides as there are parameters.
+    return solve_triangular(factor, eye, lower=True), used

@@ -8,6 +8,7 @@ scores as a float has bits, no sort, and only counts would travel between device
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -51,7 +52,7 @@ def make_masks(
         `jit`, a leaf with a NaN score keeps its previous mask and is not counted.
 
     Raises:
-        ValueError: Sparsity outside [0, 1] or NaN; a NaN or `-inf` score (outside `jit`); a
+        ValueError: No scores; sparsity outside [0, 1] or NaN; a NaN or `-inf` score (outside `jit`); a
             mapping with another scope or a pattern that matches no leaf; `previous` of another
             shape.
 
@@ -72,30 +73,32 @@ def make_masks(
     if scope not in ("global", "leaf", "erdos_renyi"):
         raise ValueError(f"scope is {scope!r}: choose 'global', 'leaf' or 'erdos_renyi'.")
     check_sparsity(sparsity)
+    if not names:
+        raise ValueError("scores have no leaves: pass a params-tree of floats.")
     if previous is not None:
         check_like(previous, scores, "previous")
     before = [None] * len(names) if previous is None else jax.tree.leaves(previous)
-    leaves = [
-        _ranked(name, leaf, mask) for name, (_, leaf), mask in zip(names, paths, before, strict=True)
-    ]
+    leaves = [_ranked(name, leaf, mask) for name, (_, leaf), mask in zip(names, paths, before, strict=True)]
+    per_leaf = _per_leaf(sparsity, names)
+    if isinstance(sparsity, Mapping) and scope != "leaf":
+        raise ValueError("sparsity is a mapping, which says what each leaf gets: pass scope='leaf'.")
     if scope == "global":
-        if isinstance(sparsity, Mapping):
-            raise ValueError("sparsity is a mapping, which says what each leaf gets: pass scope='leaf'.")
         flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])[None]
-        count = prune_count(sparsity, jnp.sum(~jnp.isposinf(flat), axis=1))
+        count = prune_count(per_leaf[0], jnp.sum(~jnp.isposinf(flat), axis=1))
         pruned = jnp.split(_lowest([flat], [count])[0][0], np.cumsum([leaf.size for leaf in leaves])[:-1])
     else:
         rows = [leaf.reshape(math.prod(leaf.shape[:batch_axes]), -1) for leaf in leaves]
         sizes = [jnp.sum(~jnp.isposinf(row), axis=1) for row in rows]
         if scope == "erdos_renyi":
-            shapes = [leaf.shape[batch_axes:] for leaf in leaves]
-            counts = _erdos_renyi_counts(sparsity, sizes, shapes)
+            shapes = tuple(leaf.shape[batch_axes:] for leaf in leaves)
+            total = prune_count(per_leaf[0], jnp.sum(jnp.concatenate(sizes)))
+            counts = _erdos_renyi_counts(total, sizes, shapes)
         else:
-            counts = [prune_count(s, n) for s, n in zip(_per_leaf(sparsity, names), sizes, strict=True)]
+            counts = [prune_count(s, n) for s, n in zip(per_leaf, sizes, strict=True)]
         pruned = _lowest(rows, counts)
     masks = [~p.reshape(leaf.shape) for p, leaf in zip(pruned, leaves, strict=True)]
     if previous is not None:
-        masks = [mask & old for mask, old in zip(masks, before, strict=True)]
+        masks = [mask & old for mask, old in zip(masks, jax.tree.leaves(previous), strict=True)]
     return jax.tree.unflatten(treedef, masks)
 
 
@@ -142,9 +145,10 @@ def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
         0.5
     """
     check_like(masks, scores, "masks")
-    counted = jax.tree.map(lambda mask, s: (jnp.sum(~mask), jnp.sum(~jnp.isposinf(s) | ~mask)), masks, scores)
-    pruned, total = (sum(x) for x in zip(*jax.tree.leaves(counted, is_leaf=lambda x: isinstance(x, tuple))))
-    return pruned / jnp.maximum(total, 1)
+    pairs = list(zip(jax.tree.leaves(masks), jax.tree.leaves(scores), strict=True))
+    pruned = sum(jnp.sum(~mask) for mask, _ in pairs)
+    counted = sum(jnp.sum(~jnp.isposinf(score) | ~mask) for mask, score in pairs)
+    return pruned / jnp.maximum(counted, 1)
 
 
 def prune_count(sparsity: float | Float[Array, ""], size: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -230,13 +234,14 @@ def _per_leaf(sparsity: Sparsity, names: list[str]) -> list[float | Float[Array,
     for pattern in sparsity:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"sparsity names '{pattern}', which matches no leaf of {names}.")
-    chosen = []
+    chosen: list[float | Float[Array, ""]] = []
     for name in names:
         matches = [value for pattern, value in sparsity.items() if fnmatchcase(name, pattern)]
         chosen.append(matches[-1] if matches else 0.0)
     return chosen
 
 
+@jax.jit
 def _lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> list[Bool[Array, "r _"]]:
     """Mark exactly `counts[i]` smallest entries in each row, ties by index."""
     keys = [_sortable(row) for row in rows]
@@ -266,23 +271,21 @@ def _lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> 
 def _sortable(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     """Unsigned integers in the order of the floats; -0 and 0 are one value."""
     unsigned = jnp.uint64 if x.dtype.itemsize == 8 else jnp.uint32
-    bits = lax.bitcast_convert_type(x + 0.0, unsigned)
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)  # x + 0 is simplified away
     sign = jnp.asarray(1, unsigned) << (x.dtype.itemsize * 8 - 1)
     return jnp.where(bits & sign != 0, ~bits, bits | sign)
 
 
+@partial(jax.jit, static_argnames="shapes")
 def _erdos_renyi_counts(
-    sparsity: float | Float[Array, ""],
+    total: Int[Array, ""],
     sizes: list[Int[Array, " r"]],
-    shapes: list[tuple[int, ...]],
+    shapes: tuple[tuple[int, ...], ...],
 ) -> list[Int[Array, " r"]]:
-    """Split `round(s·n)` over leaves so that density is proportional to `Σ axes / Π axes`, at most 1."""
-    if isinstance(sparsity, Mapping):
-        raise ValueError("sparsity is a mapping, which says what each leaf gets: pass scope='leaf'.")
+    """Split a count over leaves so that density is proportional to `Σ axes / Π axes`, at most 1."""
     size = jnp.concatenate(sizes)
     raw = [sum(shape) / max(math.prod(shape), 1) for shape in shapes]
     raw = jnp.repeat(jnp.array(raw, jnp.float32), jnp.array([len(s) for s in sizes]), total_repeat_length=len(size))
-    total = prune_count(sparsity, jnp.sum(size))
     kept = (jnp.sum(size) - total).astype(jnp.float32)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:

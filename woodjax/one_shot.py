@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from woodjax.compensation import Method, compensate
 from woodjax.criteria import obs_scores
@@ -26,6 +26,7 @@ class OneShotInfo(NamedTuple):
     predicted_loss_change: Float[Array, " stages"]  # by the quadratic model, first-order term left out
     loss_before: Float[Array, " stages"]  # mean over the stage's examples
     loss_after: Float[Array, " stages"]  # the same examples, after the stage
+    damping: Float[Array, " stages"]  # the largest of any block: higher than asked if a factor failed
     nonfinite: Bool[Array, "stages leaves"]  # leaf kept its mask and weights: scores or updates not finite
 
 
@@ -119,8 +120,7 @@ def prune_one_shot(
     infos = []
     order = jnp.arange(size) if key is None else jax.random.permutation(key, size)
     for number, target in enumerate(_targets(sparsity, stages, path)):
-        chosen = order[(jnp.arange(m) + number * m) % size]
-        examples = jax.tree.map(lambda x: jnp.asarray(x)[chosen], batch)
+        examples = _take(batch, order[(jnp.arange(m) + number * m) % size])
         gradients = per_example_gradients(
             loss_fn,
             params,
@@ -153,6 +153,10 @@ def prune_one_shot(
         if on_stage is not None:
             on_stage(Stage(params, masks, info))
     return params, masks, jax.tree.map(lambda *fields: jnp.stack(fields), *infos)
+
+
+def _take(batch: Batch, chosen: Int[Array, " m"]) -> Batch:
+    return jax.tree.map(lambda x: jnp.asarray(x)[chosen], batch)
 
 
 def _targets(sparsity: Sparsity, stages: int, path: Path) -> list[Sparsity]:
@@ -203,14 +207,13 @@ def _prune(
         predicted_loss_change=predicted_loss_change(updates, hessian),
         loss_before=_mean_loss(loss_fn, params, examples, microbatch_size),
         loss_after=_mean_loss(loss_fn, pruned, examples, microbatch_size),
+        damping=jnp.max(hessian.damping),
         nonfinite=jnp.stack(jax.tree.leaves(broken)),
     )
     return Stage(pruned, new_masks, info)
 
 
-def _mean_loss(
-    loss_fn: LossFn, params: Params, examples: Batch, microbatch_size: int | None
-) -> Float[Array, ""]:
+def _mean_loss(loss_fn: LossFn, params: Params, examples: Batch, microbatch_size: int | None) -> Float[Array, ""]:
     if microbatch_size is None:
         return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, examples))
     return jnp.mean(jax.lax.map(lambda x: loss_fn(params, x), examples, batch_size=microbatch_size))

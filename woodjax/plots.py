@@ -100,9 +100,7 @@ def draw_leaf_density(axes: Axes, results: Sequence[Result]) -> None:
 
 def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
     titles = dict.fromkeys(result.title for result in results)
-    return {
-        title: sorted((r for r in results if r.title == title), key=lambda r: r.sparsity) for title in titles
-    }
+    return {title: sorted((r for r in results if r.title == title), key=lambda r: r.sparsity) for title in titles}
 
 
 def _colors(results: Sequence[Result]) -> list[str]:

@@ -49,7 +49,7 @@ def check_loss(loss_fn: LossFn, params: Params, example: Example) -> None:
                 f"Leaf '{path_name(path)}' is {jnp.result_type(leaf)}: only floating parameters have gradients. "
                 "Split it off first, for example by nnx.split(model, nnx.Param, ...) or eqx.partition."
             )
-    closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, example)
+    closed, shape = _trace(loss_fn, params, example)
     if not hasattr(shape, "shape") or shape.shape != () or not jnp.issubdtype(shape.dtype, jnp.floating):
         raise ValueError(f"loss_fn returned {shape}: it must return one floating scalar for ONE example.")
     for equation in _equations(closed.jaxpr):
@@ -64,12 +64,17 @@ def check_loss(loss_fn: LossFn, params: Params, example: Example) -> None:
             "train mode. Per-example gradients need running statistics: call model.eval() or pass "
             "use_running_average=True. If this is another kind of layer, pass check=False."
         )
-    again = jax.make_jaxpr(loss_fn)(params, example)
+    again, _ = _trace(loss_fn, params, example)
     if _program(closed) != _program(again) or not _same_constants(closed.consts, again.consts):
         raise ValueError(
             "loss_fn gave two different programs when traced twice: it reads state from outside (NumPy random "
             "numbers, a counter). Make it a pure function of (params, example)."
         )
+
+
+def _trace(loss_fn: LossFn, params: Params, example: Example) -> tuple[Any, Any]:
+    # A new function each time: JAX would hand back the first trace of one that it knows.
+    return jax.make_jaxpr(lambda p, e: loss_fn(p, e), return_shape=True)(params, example)
 
 
 def _sub_jaxprs(equation: Any) -> Iterator[Any]:

@@ -64,6 +64,9 @@ class Report:
 def environment() -> dict[str, str]:
     """Versions and device that numbers depend on.
 
+    Returns:
+        Names and values, for records.
+
     Example:
         >>> from woodjax.report import environment
         >>> sorted(environment())

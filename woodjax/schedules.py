@@ -52,5 +52,6 @@ def stage_sparsities(
         values = 1 - (1 - initial) * left**time
     else:
         raise ValueError(f"path is {path!r}: choose 'exponential' or 'cubic'.")
+    values = np.clip(values, initial, target)
     values[-1] = target
     return values

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -59,8 +58,8 @@ def train(
 def _step(
     model: nnx.Module,
     optimizer: nnx.Optimizer,
-    inputs: Float[Array, "n h w c"],
-    labels: Int[Array, " n"],
+    inputs: Float[Array | np.ndarray, "n h w c"],
+    labels: Int[Array | np.ndarray, " n"],
 ) -> None:
     def loss_fn(m: nnx.Module) -> Float[Array, ""]:
         return optax.softmax_cross_entropy_with_integer_labels(m(inputs), labels).mean()
@@ -88,7 +87,10 @@ def accuracy(logits: Float[Array, "n classes"], labels: Int[Array, " n"]) -> Flo
 
 
 def evaluate(
-    apply_fn: Callable[..., Float[Array, "n classes"]], params: object, dataset: Dataset, batch_size: int = 1000
+    apply_fn: Callable[..., Float[Array, "n classes"]],
+    params: object,
+    dataset: Dataset,
+    batch_size: int = 1000,
 ) -> float:
     """Test accuracy, a batch at a time.
 
@@ -108,5 +110,5 @@ def evaluate(
     for start in range(0, len(dataset.test_labels), batch_size):
         part = slice(start, start + batch_size)
         labels = dataset.test_labels[part]
-        correct += float(accuracy(apply_fn(params, dataset.test_inputs[part]), jax.numpy.asarray(labels))) * len(labels)
+        correct += float(accuracy(apply_fn(params, dataset.test_inputs[part]), jnp.asarray(labels))) * len(labels)
     return correct / len(dataset.test_labels)

@@ -43,6 +43,12 @@ class LeafSpec(NamedTuple):
 def path_name(path: Sequence[Any]) -> str:
     """Write a JAX key path as names joined by `/`, without the `.value` of Flax variables.
 
+    Args:
+        path: Keys, as `jax.tree_util.tree_flatten_with_path` gives them.
+
+    Returns:
+        The name that errors, mappings and files use.
+
     Example:
         >>> import jax, woodjax
         >>> [(path, _)], _ = jax.tree_util.tree_flatten_with_path({"fc1": {"kernel": 0.0}})
@@ -59,6 +65,13 @@ def is_kernel(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
     """Select leaves of two or more axes: kernels, not biases or normalisation parameters.
 
     Embeddings and class tokens have two axes as well; exclude them by a `select` of your own.
+
+    Args:
+        path: Name of the leaf; not looked at.
+        leaf: Its shape, without batch axes.
+
+    Returns:
+        Whether the leaf is prunable.
 
     Example:
         >>> import jax, woodjax
@@ -157,6 +170,12 @@ class Layout:
     def flatten(self, tree: PyTree) -> list[Any]:
         """Flatten a tree that must have the layout's structure.
 
+        Args:
+            tree: Any leaves.
+
+        Returns:
+            The leaves, in the order of `self.leaves`.
+
         Raises:
             ValueError: Another tree structure.
         """
@@ -225,7 +244,7 @@ def _leaf_spec(path: str, leaf: Any, select: Select, batch_axes: int) -> LeafSpe
             f"Leaf '{path}' is {dtype}: only floating parameters have gradients. "
             "Split it off first, for example by nnx.split(model, nnx.Param, ...) or eqx.partition."
         )
-    if not 0 <= batch_axes:
+    if not batch_axes >= 0:
         raise ValueError(f"batch_axes is {batch_axes}: pass 0 or a positive number.")
     chosen = bool(select(path, jax.ShapeDtypeStruct(shape[batch_axes:], dtype)))
     if chosen and math.prod(shape) == 0:
@@ -274,4 +293,4 @@ def apply_masks(tree: PyTree[Float[Array, "..."]], masks: PyTree[Bool[Array, "..
     """
     if jax.tree.structure(tree) != jax.tree.structure(masks):
         raise ValueError("masks have another tree structure than the tree they are applied to.")
-    return jax.tree.map(lambda x, mask: jnp.where(mask, x, jnp.zeros((), x.dtype)), tree, masks)
+    return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), tree, masks)

@@ -72,6 +72,16 @@ def gradient_blocks(
 ) -> tuple[Layout, Float[Array, "m nb b"]]:
     """Check per-example gradients and a damping, and cut them into blocks.
 
+    Args:
+        gradients: Leaves `[m, *leaf.shape]`.
+        damping: `λ`.
+        block_size: As in `make_layout`.
+        select: As in `make_layout`.
+        batch_axes: As in `make_layout`.
+
+    Returns:
+        The layout, and the gradients in it.
+
     Raises:
         ValueError: A leaf without an example axis, leaves that disagree on the number of
             examples, no example at all, or a damping that is known and not positive.
@@ -91,6 +101,9 @@ def gradient_blocks(
 
 def check_damping(damping: Float[Array, ""] | float) -> None:
     """Raise unless the damping is positive, or not known before the program runs.
+
+    Args:
+        damping: `λ`.
 
     Raises:
         ValueError: `damping` is zero, negative, not finite or not a scalar.

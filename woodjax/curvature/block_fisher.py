@@ -6,6 +6,7 @@ Memory: `nb·b²` for the inverse, `m·nb·b` for the gradients while it is buil
 Flops: those of the engine, for each block; see `woodjax.linalg`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -21,20 +22,26 @@ from woodjax.typing import Gradients, Select
 
 Engine = Literal["auto", "scan", "rank_k", "primal", "dual"]
 
+
+def _as_asked(scan: Callable[..., Array]) -> Callable[..., linalg.DampedInverse]:
+    return lambda gradients, damping: linalg.DampedInverse(scan(gradients, damping), jnp.asarray(damping))
+
+
 ENGINES = {
-    "scan": linalg.woodbury_scan,
-    "rank_k": linalg.woodbury_scan_rank_k,
+    "scan": _as_asked(linalg.woodbury_scan),
+    "rank_k": _as_asked(linalg.woodbury_scan_rank_k),
     "primal": linalg.primal_inverse,
     "dual": linalg.dual_inverse,
 }
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["inverse"], meta_fields=["layout"])
+@partial(jax.tree_util.register_dataclass, data_fields=["inverse", "damping"], meta_fields=["layout"])
 @dataclass(frozen=True)
 class BlockFisher(Blocked):
     """Inverse Fisher blocks `[nb, b, b]`. Made by `block_fisher`."""
 
     inverse: Float[Array, "nb b b"]
+    damping: Float[Array, " nb"]  # as used: raised where a factor failed
 
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
         """Read the diagonals."""
@@ -55,8 +62,6 @@ class BlockFisher(Blocked):
         gradient: Float[Array, "nb b"] | None,
     ) -> Float[Array, "nb b"]:
         """`b³/3` flops a block."""
-        if gradient is None:
-            return jax.vmap(linalg.joint_step_inverse)(self.inverse, weights, kept)
         return jax.vmap(linalg.joint_step_inverse)(self.inverse, weights, kept, gradient)
 
 
@@ -75,7 +80,9 @@ def block_fisher(
         gradients: Per-example gradients, leaves `[m, *leaf.shape]`.
         block_size: Coordinates in a block `b`, clipped to the largest layer. Blocks are
             contiguous in the row-major flattened leaf and do not cross leaves.
-        damping: `λ > 0`, in units of squared gradients, not divided by `m`.
+        damping: `λ > 0`, in units of squared gradients, not divided by `m`. Where it is too
+            small for the precision at hand the engines with a Cholesky factor raise it by tens:
+            see the result's `damping`.
         engine: How the inverse is made: `"scan"` (the paper's rank-1 recursion), `"rank_k"`,
             `"primal"` (Cholesky of the block), `"dual"` (Cholesky of the Gram matrix), or
             `"auto"`: primal if `m >= b`, else dual. All give the same matrix.
@@ -101,12 +108,10 @@ def block_fisher(
         >>> fisher.inverse_diagonal()["w"].round(3).tolist()  # 1 / (1 + g²)
         [[0.5, 0.10000000149011612]]
     """
-    layout, blocks = gradient_blocks(
-        gradients, damping, block_size=block_size, select=select, batch_axes=batch_axes
-    )
+    layout, blocks = gradient_blocks(gradients, damping, block_size=block_size, select=select, batch_axes=batch_axes)
     if engine == "auto":
         engine = "primal" if blocks.shape[0] >= layout.block_size else "dual"
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}: choose one of {['auto', *ENGINES]}.")
-    inverse = jax.vmap(ENGINES[engine], in_axes=(1, None))(blocks, damping)
-    return BlockFisher(layout, inverse)
+    inverse, used = jax.vmap(ENGINES[engine], in_axes=(1, None))(blocks, damping)
+    return BlockFisher(layout, inverse, used)

@@ -16,12 +16,13 @@ from woodjax.tree import is_kernel
 from woodjax.typing import Gradients, Params, Select
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["layout"])
+@partial(jax.tree_util.register_dataclass, data_fields=["blocks", "damping"], meta_fields=["layout"])
 @dataclass(frozen=True)
 class DiagonalFisher(Blocked):
     """Diagonal `h = λ + mean g²` as one row `[1, d]`. Made by `diagonal_fisher`."""
 
     blocks: Float[Array, "nb b"]
+    damping: Float[Array, " nb"]
 
     def diagonal(self) -> Params:
         """`h` as a tree, for `obd_scores`; `+inf` on leaves that are not prunable."""
@@ -86,4 +87,4 @@ def diagonal_fisher(
     """
     layout, blocks = gradient_blocks(gradients, damping, block_size=None, select=select, batch_axes=batch_axes)
     squares = linalg.contract("mnb,mnb->nb", blocks, blocks) / blocks.shape[0]
-    return DiagonalFisher(layout, squares + damping)
+    return DiagonalFisher(layout, squares + damping, jnp.full(1, damping))

@@ -20,7 +20,7 @@ from woodjax.typing import Gradients, Select
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["gradients", "whitener", "damping"],
+    data_fields=["gradients", "whitener"],
     meta_fields=["layout"],
 )
 @dataclass(frozen=True)
@@ -28,26 +28,26 @@ class LowRankFisher(Blocked):
     """Gradients and the inverse factor of their damped Gram matrix. Made by `low_rank_fisher`."""
 
     gradients: Float[Array, "nb m b"]
-    whitener: Float[Array, "nb m m"]
-    damping: Float[Array, ""] | float
+    whitener: linalg.Whitener  # every field with a leading axis [nb]
+
+    @property
+    def damping(self) -> Float[Array, " nb"]:
+        """`λ` of each block, as used: raised where a factor failed."""
+        return self.whitener.damping
 
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
         """`2m²b` flops a block, streamed over columns."""
-        return jax.vmap(linalg.dual_inverse_diagonal, in_axes=(0, 0, None))(
-            self.gradients, self.whitener, self.damping
-        )
+        return jax.vmap(linalg.dual_inverse_diagonal)(self.gradients, self.whitener)
 
     def block_solve(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
         """`4mb + 4m²` flops a block."""
-        return jax.vmap(linalg.dual_solve, in_axes=(0, 0, None, 0))(
-            self.gradients, self.whitener, self.damping, blocks
-        )
+        return jax.vmap(linalg.dual_solve)(self.gradients, self.whitener, blocks)
 
     def block_matvec(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
         """`4mb` flops a block."""
         products = linalg.contract("nmb,nb->nm", self.gradients, blocks)
         back = linalg.contract("nmb,nm->nb", self.gradients, products)
-        return self.damping * blocks + back / self.gradients.shape[1]
+        return self.damping[:, None] * blocks + back / self.gradients.shape[1]
 
     def block_compensate(
         self,
@@ -56,10 +56,7 @@ class LowRankFisher(Blocked):
         gradient: Float[Array, "nb b"] | None,
     ) -> Float[Array, "nb b"]:
         """`2m²b + m³` flops a block: the Gram matrix of the survivors."""
-        gradient_axis = None if gradient is None else 0
-        return jax.vmap(linalg.joint_step_gram, in_axes=(0, None, 0, 0, gradient_axis))(
-            self.gradients, self.damping, weights, kept, gradient
-        )
+        return jax.vmap(linalg.joint_step_gram)(self.gradients, self.damping, weights, kept, gradient)
 
 
 def low_rank_fisher(
@@ -76,7 +73,8 @@ def low_rank_fisher(
         gradients: Per-example gradients, leaves `[m, *leaf.shape]`.
         block_size: None for one block over the whole network (no block-diagonal
             approximation), or coordinates in a block `b`, clipped to the largest layer.
-        damping: `λ > 0`, in units of squared gradients, not divided by `m`.
+        damping: `λ > 0`, in units of squared gradients, not divided by `m`. Where it is too
+            small for the precision at hand it is raised by tens: see the result's `damping`.
         select: Which leaves are prunable, asked as `select(path, leaf)`.
         batch_axes: Leading axes that stack layers; no block straddles two layers.
 
@@ -100,9 +98,7 @@ def low_rank_fisher(
         >>> fisher.inverse_diagonal()["w"].round(3).tolist()
         [[0.5, 1.0]]
     """
-    layout, blocks = gradient_blocks(
-        gradients, damping, block_size=block_size, select=select, batch_axes=batch_axes
-    )
+    layout, blocks = gradient_blocks(gradients, damping, block_size=block_size, select=select, batch_axes=batch_axes)
     stacked = blocks.swapaxes(0, 1)
     whitener = jax.vmap(linalg.whiten_gram, in_axes=(0, None))(stacked, damping)
-    return LowRankFisher(layout, stacked, whitener, damping)
+    return LowRankFisher(layout, stacked, whitener)

@@ -20,6 +20,11 @@ class Curvature(Protocol):
     they have no row or column in `H`, and every answer is 0 there.
     """
 
+    @property
+    def damping(self) -> Float[Array, "..."]:
+        """`λ` as used, one or one for each block: at least what was asked for."""
+        ...
+
     def inverse_diagonal(self) -> Params:
         """`[H⁻¹]_qq` for every coordinate; 0 where the coordinate is held fixed."""
         ...
@@ -37,9 +42,7 @@ class Curvature(Protocol):
         ...
 
 
-def predicted_loss_change(
-    updates: Updates, curvature: Curvature, gradient: Params | None = None
-) -> Float[Array, ""]:
+def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Params | None = None) -> Float[Array, ""]:
     """Loss change that the quadratic model predicts for an update: `ḡᵀδ + ½δᵀHδ`.
 
     Args:

@@ -74,9 +74,7 @@ class BasicBlock(nnx.Module):
 class ResNet(nnx.Module):
     """Three stages of basic blocks with 16, 32 and 64 channels."""
 
-    def __init__(
-        self, blocks_per_stage: int, *, classes: int = 10, shortcut: Shortcut = "A", rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, blocks_per_stage: int, *, classes: int = 10, shortcut: Shortcut = "A", rngs: nnx.Rngs) -> None:
         """Build the network.
 
         Args:

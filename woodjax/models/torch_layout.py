@@ -6,12 +6,14 @@
 | `fc1.weight` `(out, in)` | `fc1/kernel` `(in, out)` |
 | `bn1.weight`, `bn1.bias` | `bn1/scale`, `bn1/bias` |
 | `bn1.running_mean`, `bn1.running_var` | `bn1/mean`, `bn1/var` |
-| `layer2.0.shortcut.0.weight`, `layer2.0.shortcut.1.weight` | `layer2_0/shortcut/conv/kernel`, `layer2_0/shortcut/bn/scale` |
+| `layer2.0.shortcut.0.weight` | `layer2_0/shortcut/conv/kernel` |
+| `layer2.0.shortcut.1.weight` | `layer2_0/shortcut/bn/scale` |
 """
 
 import re
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,7 @@ def load_torch_layout(model: nnx.Module, file: str | PathLike[str]) -> None:
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
-    wanted = flatten_dict(nnx.to_pure_dict(state))
+    wanted: dict[tuple[str | int, ...], Any] = dict(flatten_dict(nnx.to_pure_dict(state)))
     values, problems = {}, []
     for path, value in wanted.items():
         name = torch_name(path)

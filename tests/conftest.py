@@ -1,0 +1,19 @@
+"""Real data is named by WOODJAX_DATA_DIR; tests that need it skip without."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Compilation of a new shape takes longer than hypothesis allows an example by default.
+hypothesis.settings.register_profile("woodjax", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.load_profile("woodjax")
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    folder = os.environ.get("WOODJAX_DATA_DIR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("WOODJAX_DATA_DIR names no folder with MNIST, CIFAR-10 and checkpoints")
+    return Path(folder)

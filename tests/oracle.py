@@ -1,0 +1,82 @@
+"""Dense float64 NumPy forms of everything, written from the papers and for clarity alone."""
+
+from fractions import Fraction
+
+import numpy as np
+
+
+def fisher(gradients, damping):
+    """WoodFisher eq. 5: F = λI + (1/m) Σ g gᵀ."""
+    g = np.asarray(gradients, np.float64)
+    return damping * np.eye(g.shape[1]) + sum(np.outer(row, row) for row in g) / len(g)
+
+
+def woodfisher_inverse(gradients, damping):
+    """WoodFisher eq. 6: the recursion over examples."""
+    g = np.asarray(gradients, np.float64)
+    inverse = np.eye(g.shape[1]) / damping
+    for row in g:
+        u = inverse @ row
+        inverse = inverse - np.outer(u, u) / (len(g) + row @ u)
+    return inverse
+
+
+def blockwise(matrix, blocks):
+    """Zero outside the diagonal blocks given as lists of indices."""
+    out = np.zeros_like(matrix)
+    for block in blocks:
+        out[np.ix_(block, block)] = matrix[np.ix_(block, block)]
+    return out
+
+
+def quadratic(hessian, step, gradient=None):
+    """ḡᵀδ + ½ δᵀHδ."""
+    first_order = 0.0 if gradient is None else gradient @ step
+    return first_order + 0.5 * step @ hessian @ step
+
+
+def constrained_minimiser(hessian, weights, pruned, gradient=None):
+    """Lagrangian system of: minimise ḡᵀδ + ½ δᵀHδ subject to δ_Q = −w_Q."""
+    d, q = len(weights), np.flatnonzero(pruned)
+    e = np.eye(d)[:, q]
+    system = np.block([[hessian, e], [e.T, np.zeros((len(q), len(q)))]])
+    right = np.concatenate([np.zeros(d) if gradient is None else -gradient, -weights[q]])
+    return np.linalg.solve(system, right)[:d]
+
+
+def removal_costs(hessian, weights, gradient=None):
+    """Loss change of removing each weight alone with the others re-optimised."""
+    costs = []
+    for q in range(len(weights)):
+        pruned = np.arange(len(weights)) == q
+        step = constrained_minimiser(hessian, weights, pruned, gradient)
+        costs.append(quadratic(hessian, step, gradient))
+    return np.array(costs)
+
+
+def sum_of_single_steps(hessian, weights, pruned, gradient=None):
+    """WoodFisher section 4: single OBS steps added up; a Newton step is taken once."""
+    inverse = np.linalg.inv(hessian)
+    newton = np.zeros(len(weights)) if gradient is None else inverse @ gradient
+    step = -newton
+    for q in np.flatnonzero(pruned):
+        step = step - (weights[q] - newton[q]) / inverse[q, q] * inverse[:, q]
+    return step
+
+
+def lowest(scores, count):
+    """True on the `count` lowest scores, ties by index."""
+    pruned = np.zeros(len(scores), bool)
+    pruned[np.argsort(scores, kind="stable")[:count]] = True
+    return pruned
+
+
+def rounded(sparsity, size):
+    """round(s·n), halves to even, in exact arithmetic."""
+    return round(Fraction(sparsity) * size)
+
+
+def softmax_fisher(jacobian, probabilities):
+    """Σ_c p_c ∇log p_c ∇log p_cᵀ of one example, from the Jacobian of its logits [C, d]."""
+    centred = jacobian - probabilities @ jacobian
+    return sum(p * np.outer(row, row) for p, row in zip(probabilities, centred, strict=True))
