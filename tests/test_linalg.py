@@ -119,7 +119,7 @@ def test_contract_accumulates_bfloat16_in_float32():
     x = jnp.full(4096, 1.01, jnp.bfloat16)
     total = linalg.contract("i,i->", x, x)
     assert total.dtype == jnp.float32
-    np.testing.assert_allclose(total, 4096 * float(x[0]) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(total, 4096 * float(x[0]) ** 2, rtol=1e-3)  # a bfloat16 sum stops growing at 256
 
 
 def test_rank_must_be_positive():
