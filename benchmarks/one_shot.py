@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from woodjax import (
     compensate,
+    contract,
     low_rank_fisher,
     make_masks,
     obs_scores,
@@ -113,6 +114,7 @@ def time_parts(problem: Problem, examples: int, damping: float, sparsity: float)
     score = jax.jit(obs_scores)
     select = jax.jit(make_masks)
     move = jax.jit(compensate)
+    gram = jax.jit(lambda g: contract("ib,jb->ij", g, g))
     gradients, gradient_time = seconds(
         lambda: per_example_gradients(problem.loss_fn, params, batch, microbatch_size=64)
     )
@@ -120,7 +122,9 @@ def time_parts(problem: Problem, examples: int, damping: float, sparsity: float)
     scores, score_time = seconds(lambda: score(params, fisher))
     masks, mask_time = seconds(lambda: select(scores, sparsity))
     _, update_time = seconds(lambda: move(params, masks, fisher))
+    _, floor = seconds(lambda: gram(fisher.gradients[0]))
     return {
+        "one product G·Gᵀ": floor,
         "gradients": gradient_time,
         "curvature": build_time,
         "scores": score_time,
@@ -133,7 +137,7 @@ def main() -> int:
     """Run one table."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--network", default="mlpnet", choices=["mlpnet", "resnet20", "digits-mlp"])
-    options.add_argument("--methods", nargs="*", help="only these rows")
+    options.add_argument("--methods", nargs="*", help="only these rows; none for the times of the parts alone")
     args = options.parse_args()
     network = "digits-mlp" if args.quick else args.network
     plan = setting(network)
@@ -144,7 +148,7 @@ def main() -> int:
     record = Recorder(args.json, "one_shot", network, plan.dataset)
     record.add("accuracy", 100 * problem.accuracy(problem.params), "%", method="dense", column=None)
 
-    rows = {name: plan.rows[name] for name in args.methods or plan.rows}
+    rows = plan.rows if args.methods is None else {name: plan.rows[name] for name in args.methods}
     todo = [
         (name, seed, sparsity)
         for name, entry in rows.items()
@@ -171,17 +175,10 @@ def main() -> int:
                 add("measured_loss_change", result.measured_loss_change, "nats")
             bars.advance(bar)
             bars.console.print(f"{name} seed {seed} sparsity {sparsity}: {100 * result.accuracy:.2f} %")
-    timed = next((entry for entry in rows.values() if entry.recipe.update == "joint"), None)
-    if timed is not None:
-        for part, value in time_parts(problem, timed.examples, timed.damping, 0.9).items():
-            record.add(
-                f"seconds_{part}",
-                value,
-                "s",
-                method="joint",
-                column=None,
-                config={"examples": timed.examples},
-            )
+    timed = plan.rows["joint"]
+    for part, value in time_parts(problem, timed.examples, timed.damping, 0.9).items():
+        config = {"examples": timed.examples}
+        record.add(f"seconds_{part}", value, "s", method="joint", column=None, config=config)
     return 0
 
 

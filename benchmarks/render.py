@@ -1,6 +1,7 @@
 """Tables and pictures from records: `python benchmarks/render.py RECORDS.jsonl ...`.
 
-Writes `NAME.md` and `NAME.png` beside each file of records.
+Writes `NAME.md` and `NAME.png` beside each file of records, and the table between the marks
+`<!-- NAME -->` and `<!-- end NAME -->` of the README, where it has them.
 """
 
 import sys
@@ -15,6 +16,7 @@ from woodjax.plots import draw_accuracy
 from woodjax.report import Result
 
 Record = dict[str, Any]
+README = Path(__file__).parent.parent / "README.md"
 
 
 def values(records: list[Record], method: str, sparsity: float, metric: str) -> list[float]:
@@ -28,6 +30,28 @@ def cell(numbers: list[float]) -> str:
         return ""
     spread = f" ± {np.std(numbers, ddof=1):.2f}" if len(numbers) > 1 else ""
     return f"{np.mean(numbers):.2f}{spread}"
+
+
+def readme_table(records: list[Record], levels: list[float]) -> str:
+    """Accuracy by method at a few sparsities."""
+    rows = {r["method"]: r for r in records if r["metric"] == "accuracy" and r["sparsity"] is not None}
+    dense = next(r for r in records if r["method"] == "dense")
+    head = f"{dense['network']} on {dense['dataset']}, dense {dense['value']:.2f} %"
+    lines = [f"| {head} | column | " + " | ".join(f"{100 * s:g} %" for s in levels) + " |"]
+    lines += ["|---|---|" + "---|" * len(levels)]
+    for method, row in rows.items():
+        cells = [cell(values(records, method, s, "accuracy")) for s in levels]
+        lines.append("| " + " | ".join([row["config"]["title"], row["column"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def update_readme(name: str, text: str) -> None:
+    """Put a table between its marks."""
+    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    readme = README.read_text()
+    if start in readme:
+        before, rest = readme.split(start)
+        README.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def table(records: list[Record]) -> str:
@@ -106,6 +130,8 @@ def main() -> int:
         records = list(read(file))
         file.with_suffix(".md").write_text(table(records))
         picture(records).savefig(file.with_suffix(".png"), dpi=120)
+        levels = sorted({r["sparsity"] for r in records if r["sparsity"] is not None})
+        update_readme(file.stem, readme_table(records, levels[-4:]))
     return 0
 
 

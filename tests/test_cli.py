@@ -78,7 +78,8 @@ def test_the_same_seed_gives_the_same_weights(run, tmp_path):
         (["--damping", "0"], "damping is 0.0"),
         (["--stages", "1"], "stages is 1"),
         (["--epochs", "0"], "Need epochs >= 1"),
-        (["--examples", "0"], "examples_per_stage is 0"),
+        (["--examples", "0"], "--examples and --microbatch-size"),
+        (["--block-size", "0"], "block_size is 0"),
         (["--dataset", "mnist", "--data-dir", "nowhere"], "No mnist in nowhere"),
         (["--weights", "nowhere.safetensors"], "No weights file"),
         (["--network", "resnet20"], "does not take the inputs of 'digits'"),
@@ -96,5 +97,12 @@ def test_python_dash_m():
     done = subprocess.run([sys.executable, "-m", "woodjax", "prune", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--sparsity" in done.stdout
-    bad = subprocess.run([sys.executable, "-m", "woodjax", "prune", "--sparsity", "x"], capture_output=True)
-    assert bad.returncode == 2
+    bad = [sys.executable, "-m", "woodjax", "prune", "--sparsity", "x"]
+    refused = subprocess.run(bad, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+
+
+def test_everything_can_go(tmp_path):
+    assert main(["prune", *SMALL[:6], "--sparsity", "1", "--method", "magnitude", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["results"][0]["reached"] == 1

@@ -167,7 +167,7 @@ def test_damping_is_traced():
 
 
 @for_each
-@pytest.mark.parametrize("damping", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("damping", [0.0, -1.0, 1e-50, float("nan"), float("inf")])
 def test_damping_must_be_positive(name, damping):
     with pytest.raises(ValueError, match="must be positive and finite"):
         BUILDERS[name]({"w": np.ones((2, 2, 2), np.float32)}, damping=damping)
@@ -186,6 +186,14 @@ def test_damping_must_be_positive(name, damping):
 def test_bad_gradients(name, gradients, message):
     with pytest.raises(ValueError, match=message):
         BUILDERS[name](gradients, damping=DAMPING)
+
+
+@for_each
+def test_a_lost_diagonal_is_broken_and_not_held_fixed(name):
+    gradients = {"w": np.ones((3, 2, 2), np.float32) * np.float32(1e25)}  # overflows when squared
+    curvature = BUILDERS[name](gradients, damping=DAMPING)
+    assert np.isnan(curvature.inverse_diagonal()["w"]).all()
+    assert np.isnan(wj.obs_scores({"w": np.ones((2, 2), np.float32)}, curvature)["w"]).all()
 
 
 def test_unknown_engine():

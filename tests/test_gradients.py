@@ -1,5 +1,7 @@
 """Per-example gradients against a loop, the three Fishers, and the probe for unfit losses."""
 
+from functools import partial
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -209,6 +211,53 @@ def test_convolutional_batch_normalisation_is_found():
     wj.check_loss(loss(False), variables["params"], images[0])
     with pytest.raises(ValueError, match="batch normalisation in train mode"):
         wj.check_loss(loss(True), variables["params"], images[0])
+
+
+def test_batch_normalisation_by_a_power_is_found():
+    def loss(p, x):
+        y = (x @ p)[None]
+        return ((y - y.mean(0)) * (y.var(0) + 1e-5) ** -0.5).sum()
+
+    with pytest.raises(ValueError, match="batch normalisation in train mode"):
+        wj.check_loss(loss, jnp.ones((3, 2)), jnp.ones(3))
+
+
+def test_statistics_of_parameters_are_not_batch_normalisation():
+    """Weight standardisation of a 1×1 kernel reduces over a leading axis of length one, of parameters alone."""
+
+    def loss(p, x):
+        return (x @ (p / jnp.sqrt((p**2).sum((0, 1), keepdims=True)))[0]).sum()
+
+    wj.check_loss(loss, jnp.ones((1, 3, 2)), jnp.ones(3))
+
+
+def test_a_norm_after_a_new_layer_is_not_batch_normalisation():
+    """The mean over a batch of one, a dense layer, then a layer norm: the root is of the layer's own statistics."""
+
+    def loss(p, x):
+        y = x[None].sum(0, keepdims=True) @ p
+        return (y / jnp.sqrt((y**2).sum(-1, keepdims=True))).sum()
+
+    wj.check_loss(loss, jnp.ones((3, 2)), jnp.ones(3))
+
+
+def test_a_loss_that_cannot_be_hashed_is_refused():
+    class Loss:
+        __hash__ = None
+
+        def __call__(self, params, example):
+            return loss_fn(params, example)
+
+    with pytest.raises(ValueError, match="cannot be hashed"):
+        wj.per_example_gradients(Loss(), PARAMS, batch())
+
+
+@pytest.mark.parametrize("rows", [wj.all_class_gradients, partial(wj.sampled_label_gradients, key=KEY)])
+def test_label_free_gradients_look_for_dropout_too(rows):
+    module = LinenNet(dropout=True)
+    params = module.init(KEY, X)["params"]
+    with pytest.raises(ValueError, match="draws random numbers"):
+        rows(lambda p, x: module.apply({"params": p}, x, train=True, rngs={"dropout": KEY}), params, X)
 
 
 def test_numpy_randomness_is_found():

@@ -122,6 +122,20 @@ def test_contract_accumulates_bfloat16_in_float32():
     np.testing.assert_allclose(total, 4096 * float(x[0]) ** 2, rtol=1e-3)  # a bfloat16 sum stops growing at 256
 
 
+def test_contract_asks_for_full_precision():
+    assert "HIGHEST" in str(jax.make_jaxpr(lambda x: linalg.contract("ij,jk->ik", x, x))(jnp.ones((2, 2))))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_diagonals_lost_to_cancellation_are_bounded(engine):
+    """[F⁻¹]_qq ≥ 1/F_qq, with equality for uncorrelated rows, where 1 − ΣZ² is rounding alone."""
+    gradients = jnp.asarray(1e3 * np.eye(4, 8), jnp.float32)
+    diagonal = jnp.diagonal(ENGINES[engine](gradients, 1e-3))
+    np.testing.assert_allclose(diagonal, 1 / (np.asarray(gradients**2).mean(0) + 1e-3), rtol=1e-3)
+    whitener = linalg.whiten_gram(gradients, 1e-3)
+    np.testing.assert_allclose(linalg.dual_inverse_diagonal(gradients, whitener), diagonal, rtol=1e-3)
+
+
 def test_rank_must_be_positive():
     with pytest.raises(ValueError, match="rank is 0"):
         linalg.woodbury_scan_rank_k(jnp.ones((2, 2)), 1.0, rank=0)

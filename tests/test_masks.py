@@ -95,6 +95,26 @@ def test_each_stacked_layer_is_a_leaf():
     assert stacked["w"].tolist() == [[False, True], [False, True]]
 
 
+def test_empty_leaves_have_empty_masks():
+    masks = wj.make_masks({"e": jnp.ones((0, 3)), "w": jnp.arange(4.0)[None]}, 0.5, scope="leaf", batch_axes=1)
+    assert masks["e"].shape == (0, 3)
+    assert masks["w"].tolist() == [[False, False, True, True]]
+
+
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("x64")
+def test_float64_scores_are_told_apart():
+    scores = {"w": jnp.array([1 + 1e-12, 1.0, 1 + 2e-12, -1.0])}
+    assert wj.make_masks(scores, 0.75)["w"].tolist() == [False, False, True, False]
+    assert wj.make_masks(scores, 0.5)["w"].tolist() == [True, False, True, False]
+
+
 def test_explicit_map_last_match_holds():
     scores = {name: jnp.arange(4.0) for name in ("conv1", "conv2", "head")}
     masks = wj.make_masks(scores, {"conv*": 0.5, "conv1": 0.25}, scope="leaf")

@@ -1,7 +1,9 @@
 """One-shot pruning as a whole: on any tree, in stages, and when something is wrong."""
 
+from dataclasses import dataclass
 from functools import partial
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -116,22 +118,22 @@ def test_stages_are_the_steps_written_out():
             info.predicted_loss_change[stage], wj.predicted_loss_change(updates, fisher), rtol=1e-3
         )
         ours = jax.tree.map(jnp.add, ours, updates)
-    jax.tree.map(np.testing.assert_array_equal, kept, masks)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), ours, pruned)
+    chex.assert_trees_all_equal(kept, masks)
+    chex.assert_trees_all_close(ours, pruned, rtol=1e-3, atol=1e-4)
 
 
 def test_masks_only():
     loss_fn, params, _ = trained()
     pruned, masks, _ = wj.prune_one_shot(loss_fn, params, data(), 0.5, curvature=WHOLE, method=None)
-    jax.tree.map(np.testing.assert_array_equal, pruned, wj.apply_masks(params, masks))
+    chex.assert_trees_all_equal(pruned, wj.apply_masks(params, masks))
 
 
 def test_the_same_under_jit():
     loss_fn, params, _ = trained()
     run = partial(wj.prune_one_shot, loss_fn, curvature=WHOLE)
     eager, jitted = run(params, data(), 0.5), jax.jit(run)(params, data(), 0.5)
-    jax.tree.map(np.testing.assert_array_equal, eager[1], jitted[1])
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), eager[0], jitted[0])
+    chex.assert_trees_all_equal(eager[1], jitted[1])
+    chex.assert_trees_all_close(eager[0], jitted[0], rtol=1e-3, atol=1e-4)
 
 
 def test_key_decides_which_examples():
@@ -157,7 +159,7 @@ def test_on_stage_sees_every_stage():
     seen = []
     pruned, _, info = wj.prune_one_shot(loss_fn, params, data(), 0.75, stages=2, curvature=WHOLE, on_stage=seen.append)
     assert [float(stage.info.sparsity) for stage in seen] == info.sparsity.tolist()
-    jax.tree.map(np.testing.assert_array_equal, seen[-1].params, pruned)
+    chex.assert_trees_all_equal(seen[-1].params, pruned)
 
 
 def test_bfloat16_parameters():
@@ -174,12 +176,112 @@ def test_nan_is_named_outside_jit_and_counted_inside():
     inputs = inputs.copy()
     inputs[0, 0] = np.nan
     run = partial(wj.prune_one_shot, loss_fn, params, sparsity=0.5, curvature=wj.diagonal_fisher)
-    with pytest.raises(ValueError, match=r"Stage 1 of 1: scores or updates of .*fc1/kernel"):
+    with pytest.raises(ValueError, match=r"Scores of leaf 'fc1/kernel' hold 6 NaN or -inf of 30"):
         run((inputs, labels))
     pruned, masks, info = jax.jit(lambda batch: run(batch))((inputs, labels))
     assert info.nonfinite.any()
     assert masks["fc1"]["kernel"].all()
-    np.testing.assert_array_equal(pruned["fc1"]["kernel"], params["fc1"]["kernel"])
+    chex.assert_trees_all_equal(pruned["fc1"]["kernel"], params["fc1"]["kernel"])
+
+
+def test_gradients_too_large_to_square_are_not_taken_for_protection():
+    loss_fn, params, _ = trained()
+    with pytest.raises(ValueError, match=r"Scores of leaf .* hold .* NaN"):
+        wj.prune_one_shot(
+            lambda p, x: 1e25 * loss_fn(p, x), params, data(), 1.0, curvature=wj.diagonal_fisher, method=None
+        )
+
+
+def spoiled(gradients):
+    """A Fisher whose updates, but not whose scores, are lost on one leaf."""
+    fisher = wj.diagonal_fisher(gradients)
+
+    def compensate(params, masks, gradient=None):
+        updates = fisher.compensate(params, masks, gradient)
+        return {**updates, "out": updates["out"] * jnp.nan}
+
+    return Spoiled(fisher, compensate)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["fisher"], meta_fields=["compensate"])
+@dataclass(frozen=True)
+class Spoiled:
+    fisher: wj.DiagonalFisher
+    compensate: object
+
+    def __getattr__(self, name):
+        return getattr(self.fisher, name)
+
+
+def test_a_leaf_with_lost_updates_stays_as_it_is():
+    loss_fn, params, _ = trained()
+    run = partial(wj.prune_one_shot, loss_fn, params, sparsity=0.5, curvature=spoiled)
+    with pytest.raises(ValueError, match=r"Stage 1 of 1: updates of \['out'\] are not finite"):
+        run(data())
+    pruned, masks, info = jax.jit(lambda batch: run(batch))(data())
+    assert info.nonfinite.tolist() == [[False, False, True]]
+    assert masks["out"].all()
+    chex.assert_trees_all_equal(pruned["out"], params["out"])
+    assert not masks["fc1"]["kernel"].all()
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.45, 0.7, 0.9])
+def test_counts_are_those_of_make_masks(sparsity):
+    """15 weights, where float32 rounds 0.3 · 15 and 0.9 · 15 the other way."""
+    params = {"w": jax.random.normal(KEY, (5, 3))}
+    loss_fn = cross_entropy(lambda p, x: x @ p["w"])
+    _, masks, _ = wj.prune_one_shot(loss_fn, params, data(), sparsity, curvature=WHOLE)
+    assert int((~masks["w"]).sum()) == int(wj.prune_count(sparsity, 15))
+
+
+def test_the_last_pattern_of_a_mapping_holds():
+    loss_fn, params, _ = trained()
+    _, masks, _ = wj.prune_one_shot(loss_fn, params, data(), {"o*": 0.5, "*": 0.0}, scope="leaf", curvature=WHOLE)
+    assert masks["out"].all()
+
+
+def test_means_of_examples_make_another_fisher():
+    loss_fn, params, _ = trained()
+    run = partial(wj.prune_one_shot, loss_fn, params, data(), 0.5, curvature=WHOLE)
+    grouped = run(examples_per_gradient=4)
+    fisher = WHOLE(wj.per_example_gradients(loss_fn, params, data(), examples_per_gradient=4))
+    masks = wj.make_masks(wj.obs_scores(params, fisher), 0.5)
+    chex.assert_trees_all_equal(grouped[1], masks)
+    assert float(grouped[2].predicted_loss_change[0]) != float(run()[2].predicted_loss_change[0])
+
+
+def test_path_and_damping_are_reported():
+    loss_fn, params, _ = trained()
+    _, _, info = wj.prune_one_shot(loss_fn, params, data(), 0.75, stages=3, path="cubic", curvature=WHOLE)
+    np.testing.assert_allclose(info.sparsity, wj.stage_sparsities(0.75, 3, path="cubic"), atol=0.5 / 48)
+    np.testing.assert_allclose(info.damping, 1e-3, rtol=1e-6)
+
+
+def test_stacked_layers_are_leaves():
+    params = {"w": jax.random.normal(KEY, (2, 5, 5)), "out": jax.random.normal(KEY, (1, 5, 3))}
+    apply_fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"][0]) @ p["w"][1]) @ p["out"][0]  # noqa: E731
+    curvature = partial(wj.diagonal_fisher, batch_axes=1)
+    _, masks, _ = wj.prune_one_shot(
+        cross_entropy(apply_fn), params, data(), 0.4, scope="leaf", batch_axes=1, curvature=curvature
+    )
+    assert (~masks["w"]).sum((1, 2)).tolist() == [10, 10]
+
+
+def test_check_can_be_turned_off():
+    loss_fn, params, _ = trained()
+    noisy = lambda p, x: loss_fn(p, x) + 0 * jax.random.normal(KEY)  # noqa: E731
+    with pytest.raises(ValueError, match="draws random numbers"):
+        wj.prune_one_shot(noisy, params, data(), 0.5, curvature=WHOLE)
+    wj.prune_one_shot(noisy, params, data(), 0.5, curvature=WHOLE, check=False)
+
+
+def test_traced_sparsity_needs_one_stage():
+    loss_fn, params, _ = trained()
+    run = partial(wj.prune_one_shot, loss_fn, params, data(), curvature=WHOLE)
+    masks = jax.jit(lambda s: run(s)[1])(jnp.float32(0.5))
+    assert int((~masks["out"]).sum() + (~masks["fc1"]["kernel"]).sum()) == 24
+    with pytest.raises(ValueError, match="goes with stages=1"):
+        jax.jit(lambda s: run(s, stages=2)[1])(jnp.float32(0.5))
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,8 @@ def test_apply_masks_removes_what_is_not_finite():
     assert not np.signbit(np.asarray(pruned["w"])[[0, 2]]).any()
     with pytest.raises(ValueError, match="another tree structure"):
         wj.apply_masks({"w": jnp.ones(2)}, {"v": jnp.ones(2, bool)})
+    for leaf, mask in (((3, 2), (3,)), ((2,), (3, 2)), ((3, 2), (1, 2))):
+        with pytest.raises(ValueError, match="The mask of leaf 'w' has shape"):
+            wj.apply_masks({"w": jnp.ones(leaf)}, {"w": jnp.ones(mask, bool)})
+    with pytest.raises(ValueError, match="leaf 'w' is float32; masks are bool"):
+        wj.apply_masks({"w": jnp.ones(2)}, {"w": jnp.ones(2)})

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 METHODS = ("magnitude", "diagonal", "woodfisher", "woodfisher-staged", "joint", "joint-staged")
@@ -34,8 +35,14 @@ def _fail(message: str) -> int:
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other mistake; `--help` shows the usage."""
+        sys.exit(_fail(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="woodjax", description="Second-order model compression in JAX.")
+    parser = _Parser(prog="woodjax", description="Second-order model compression in JAX.")
     commands = parser.add_subparsers(dest="command", required=True)
     prune = commands.add_parser(
         "prune",
@@ -76,8 +83,8 @@ def _prune(options: argparse.Namespace) -> None:
             raise ValueError(f"Unknown method {name!r}: choose among {sorted(known)}.")
     for level in options.sparsity:
         check_sparsity(level)
-    arrays = options.out / "arrays"
-    arrays.mkdir(parents=True, exist_ok=True)
+    if min(options.examples, options.microbatch_size) < 1:
+        raise ValueError("--examples and --microbatch-size are at least 1.")
 
     console = Console()
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeElapsedColumn())
@@ -92,6 +99,8 @@ def _prune(options: argparse.Namespace) -> None:
             seed=options.seed,
             on_epoch=lambda: bars.advance(training),
         )
+        arrays = options.out / "arrays"
+        arrays.mkdir(parents=True, exist_ok=True)
         report = Report(
             network=problem.network,
             dataset=options.dataset,

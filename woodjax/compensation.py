@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from woodjax.curvature import Curvature
-from woodjax.tree import check_like
+from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Params, Updates
 
 Method = Literal["joint", "sum"]
@@ -61,8 +61,7 @@ def compensate(
         [[2.5, 0.0]]
     """
     check_like(masks, params, "masks")
-    if any(leaf.dtype != bool for leaf in jax.tree.leaves(masks)):
-        raise ValueError("masks must be bool, True = survives: compare with a threshold, or use make_masks.")
+    check_bool(masks, "masks")
     if gradient is not None:
         check_like(gradient, params, "gradient")
     if method == "joint":

@@ -123,9 +123,12 @@ def _subset(folder: Path) -> tuple[Split, Split]:
     file = folder / "cifar10_exact_subset.npz"
     if not file.is_file():
         raise FileNotFoundError(f"No {file.name} in {folder}.")
-    with np.load(file) as arrays:
-        train = arrays["train_images"], arrays["train_labels"]
-        return train, (arrays["test_images"], arrays["test_labels"])
+    try:
+        with np.load(file) as arrays:
+            train = arrays["train_images"], arrays["train_labels"]
+            return train, (arrays["test_images"], arrays["test_labels"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{file} is not the npz file that is expected: it has no train and test images.") from error
 
 
 READERS = {

@@ -40,7 +40,8 @@ def per_example_gradients(
 
     Args:
         loss_fn: `loss_fn(params, example) -> scalar` for one example: deterministic, batch
-            normalisation in eval mode.
+            normalisation in eval mode. It is compiled once for each function object, as by `jit`:
+            what it reads from outside is read the first time.
         params: A params-tree of floating leaves.
         batch: Examples stacked along the first axis of every leaf, `[n, ...]`.
         microbatch_size: Rows computed at once; None for all. Bounds the memory of the backward
@@ -56,7 +57,7 @@ def per_example_gradients(
 
     Raises:
         ValueError: Batch leaves of different or zero length; `n` not a multiple of
-            `examples_per_gradient`; `microbatch_size < 1`; whatever `check_loss` finds.
+            `examples_per_gradient`; `microbatch_size < 1`; a loss that cannot be hashed; whatever `check_loss` finds.
 
     Cost:
         `n` forward and backward passes; memory `(n/s)·d` for the result and
@@ -107,7 +108,8 @@ def sampled_label_gradients(
         A params-tree whose leaves are `[n · samples, *leaf.shape]`.
 
     Raises:
-        ValueError: Inputs of different or zero length; `samples < 1`; logits not `[n, C]`.
+        ValueError: Inputs of different or zero length; `samples < 1`; logits not `[n, C]`;
+            whatever `check_loss` finds.
 
     Cost:
         `n` forward and `n · samples` backward passes.
@@ -120,6 +122,7 @@ def sampled_label_gradients(
         raise ValueError(f"samples is {samples}: pass at least 1.")
 
     keys = jax.random.split(key, batch_size(inputs))
+    _check_apply(apply_fn, params, inputs)
     return _merge_rows(_map_rows(_SampledRows(apply_fn, samples), params, (inputs, keys), microbatch_size))
 
 
@@ -141,7 +144,8 @@ def all_class_gradients(
         A params-tree whose leaves are `[n · C, *leaf.shape]`.
 
     Raises:
-        ValueError: Inputs of different or zero length; logits not `[n, C]`.
+        ValueError: Inputs of different or zero length; logits not `[n, C]`;
+            whatever `check_loss` finds.
 
     Cost:
         `n` forward and `n·C` backward passes.
@@ -150,6 +154,7 @@ def all_class_gradients(
         Martens 2014 (arXiv 1412.1193), section 9.
     """
     batch_size(inputs)
+    _check_apply(apply_fn, params, inputs)
     return _merge_rows(_map_rows(_AllClassRows(apply_fn), params, inputs, microbatch_size))
 
 
@@ -222,6 +227,11 @@ def _logits(apply_fn: ApplyFn, params: Params, example: Batch) -> tuple[Array, C
     return logits[0], jax.vmap(lambda direction: vjp(direction[None])[0])
 
 
+def _check_apply(apply_fn: ApplyFn, params: Params, inputs: Batch) -> None:
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
+    check_loss(lambda p, e: jnp.sum(apply_fn(p, jax.tree.map(lambda x: x[None], e))), params, example)
+
+
 def _merge_rows(gradients: Gradients) -> Gradients:
     return jax.tree.map(lambda g: jnp.reshape(g, (-1, *g.shape[2:])), gradients)
 
@@ -232,6 +242,10 @@ def _map_rows(
     size = batch_size(rows)
     if microbatch_size is not None and microbatch_size < 1:
         raise ValueError(f"microbatch_size is {microbatch_size}: pass at least 1, or None.")
+    try:
+        hash(row_fn)
+    except TypeError as error:
+        raise ValueError("The loss cannot be hashed, which jit needs to know it again: pass a function.") from error
     if microbatch_size is None or microbatch_size >= size:
         return _vmap_rows(params, rows, row_fn=row_fn)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, rows))):

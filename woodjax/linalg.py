@@ -10,8 +10,10 @@ Symbols: `G [m, b]` gradients, `λ` damping, `F = λI + GᵀG/m` the damped Fish
 | `dual_inverse` | `F⁻¹` by Cholesky of the Gram matrix | `2m²b + m³ + 2mb²` | `m < b` |
 | `whiten_gram` | the factor that answers the rest without `F⁻¹` | `2m²b + m³` | `m ≪ b`, the whole network |
 
-A Cholesky factor that rounding has spoiled is made again with ten times the damping, block by block;
-the damping that was used is returned beside the factor, and nothing is replaced silently.
+A diagonal that is a small difference of large numbers may come out as nothing, or below: it is bounded
+by `[F⁻¹]_qq ≥ 1/F_qq`, which holds for every positive definite matrix. A Cholesky factor that rounding
+has spoiled is made again with ten times the damping, block by block; the damping that was used is
+returned beside the factor.
 
 Everything here is for one block, jitted, and meant to be `vmap`ped. Every contraction goes
 through `contract`: JAX's default float32 product is bfloat16 on TPU and TF32 on recent GPUs,
@@ -79,7 +81,7 @@ def woodbury_scan(gradients: Float[Array, "m b"], damping: Float[Array, ""] | fl
         return inverse - jnp.outer(u, u) / (m + contract("i,i->", g, u)), None
 
     dtype = jnp.promote_types(gradients.dtype, jnp.float32)
-    return lax.scan(step, jnp.eye(b, dtype=dtype) / damping, gradients)[0]
+    return _bound_diagonal(lax.scan(step, jnp.eye(b, dtype=dtype) / damping, gradients)[0], gradients, damping)
 
 
 @partial(jax.jit, static_argnames="rank")
@@ -119,7 +121,7 @@ def woodbury_scan_rank_k(
         v = solve_triangular(jnp.linalg.cholesky(gram), u.T, lower=True)
         return inverse - contract("ki,kj->ij", v, v), None
 
-    return lax.scan(step, jnp.eye(b, dtype=dtype) / damping, chunks)[0]
+    return _bound_diagonal(lax.scan(step, jnp.eye(b, dtype=dtype) / damping, chunks)[0], gradients, damping)
 
 
 class DampedInverse(NamedTuple):
@@ -145,8 +147,8 @@ def primal_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | f
         damping: `λ > 0`, in units of squared gradients.
 
     Returns:
-        `F⁻¹ [b, b]`, symmetric, and the damping used: higher than asked if `λ` is below about
-        1e-7 of the largest eigenvalue in float32.
+        `F⁻¹ [b, b]`, symmetric, and the damping used: in float32 higher than asked if `λ` is
+        below about 1e-6 of the largest eigenvalue.
 
     Cost:
         `2mb² + 2b³` flops; `2b²` workspace.
@@ -198,7 +200,8 @@ def dual_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | flo
     """
     root, used = whiten_gram(gradients, damping)
     z = contract("ij,jb->ib", root, gradients)
-    return DampedInverse((jnp.eye(z.shape[1], dtype=z.dtype) - contract("mi,mj->ij", z, z)) / used, used)
+    inverse = (jnp.eye(z.shape[1], dtype=z.dtype) - contract("mi,mj->ij", z, z)) / used
+    return DampedInverse(_bound_diagonal(inverse, gradients, used), used)
 
 
 @jax.jit
@@ -210,7 +213,7 @@ def dual_inverse_diagonal(gradients: Float[Array, "m b"], whitener: Whitener) ->
         whitener: From `whiten_gram`.
 
     Returns:
-        `[F⁻¹]_qq` for every `q`, `[b]`, clipped to the range `(0, 1/λ]` that exact arithmetic has.
+        `[F⁻¹]_qq` for every `q`, `[b]`, at least the `1/F_qq` that exact arithmetic promises.
 
     Cost:
         `2m²b` flops; workspace `m · min(b, 8192)`: `Z [m, b]` is never held.
@@ -226,7 +229,7 @@ def dual_inverse_diagonal(gradients: Float[Array, "m b"], whitener: Whitener) ->
 
     sums = lax.map(leverage, starts)
     whole = jnp.zeros(b, sums.dtype).at[starts[:, None] + jnp.arange(chunk)].set(sums)
-    return jnp.clip(1 - whole, jnp.finfo(sums.dtype).eps) / whitener.damping
+    return jnp.maximum((1 - whole) / whitener.damping, _least_diagonal(gradients, whitener.damping))
 
 
 @jax.jit
@@ -275,7 +278,8 @@ def joint_step_gram(
         gradient: `ḡ [b]`, the first-order term; None for a network at a minimum.
 
     Returns:
-        The step `δ [b]`, exactly `−w` on `Q`.
+        The step `δ [b]`, exactly `−w` on `Q`. If the factor of the survivors needs more damping than
+        `λ` the step is that of the raised one: shorter, and what it loses is seen in its predicted change.
 
     Cost:
         `2m²b + m³` flops; one masked copy of `G`.
@@ -345,6 +349,18 @@ def solve_cholesky(matrix: Float[Array, "n n"], vector: Float[Array, " n"]) -> F
         `n³/3 + 2n²` flops.
     """
     return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), vector)
+
+
+def _least_diagonal(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> Float[Array, " b"]:
+    """`1/F_qq ≤ [F⁻¹]_qq` (Cauchy–Schwarz)."""
+    return 1 / (contract("mb,mb->b", gradients, gradients) / gradients.shape[0] + damping)
+
+
+def _bound_diagonal(
+    inverse: Float[Array, "b b"], gradients: Float[Array, "m b"], damping: Float[Array, ""] | float
+) -> Float[Array, "b b"]:
+    diagonal = jnp.diagonal(inverse)
+    return inverse + jnp.diag(jnp.maximum(diagonal, _least_diagonal(gradients, damping)) - diagonal)
 
 
 def _inverse_cholesky(

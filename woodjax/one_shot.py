@@ -53,8 +53,10 @@ def prune_one_shot(
     method: Method | None = "joint",
     scope: Scope = "global",
     masks: Masks | None = None,
+    batch_axes: int = 0,
     microbatch_size: int | None = 64,
     examples_per_gradient: int = 1,
+    check: bool = True,
     on_stage: Callable[[Stage], None] | None = None,
 ) -> tuple[Params, Masks, OneShotInfo]:
     """Prune a trained network without training it again.
@@ -68,6 +70,7 @@ def prune_one_shot(
         params: A params-tree of floating leaves: the trained network.
         batch: A pool of examples, `[n, ...]` along the first axis of every leaf.
         sparsity: Fraction to prune, or a mapping from leaf path to fraction, as in `make_masks`.
+            Traced with `stages=1` only.
         stages: Number of stages; more are better at high sparsity and cost in proportion.
         path: Sparsities on the way, as in `stage_sparsities`.
         examples_per_stage: Examples of the pool that each stage takes, fresh ones until the
@@ -80,8 +83,11 @@ def prune_one_shot(
         method: `"joint"`, `"sum"`, or None to prune without moving the survivors.
         scope: As in `make_masks`; `"leaf"` with a mapping.
         masks: Masks of an earlier pruning: what they pruned stays pruned.
+        batch_axes: Leading axes that stack layers, for the scopes `"leaf"` and `"erdos_renyi"`; give
+            the curvature its own.
         microbatch_size: Gradient rows computed at once.
         examples_per_gradient: Examples averaged into one row of the Fisher.
+        check: Look for dropout, train-mode batch normalisation and impure losses first.
         on_stage: Called on the host with the network after each stage: for progress and
             checkpoints.
 
@@ -90,7 +96,7 @@ def prune_one_shot(
 
     Raises:
         ValueError: Bad sparsity, stages, batch, loss or masks; scores or updates that are not
-            finite (outside `jit`), naming the leaves.
+            finite (outside `jit`), naming the leaves; a traced sparsity with several stages.
 
     Cost:
         For each stage `m` backward passes, and flops and memory of the curvature: for the
@@ -109,6 +115,7 @@ def prune_one_shot(
         ([[True], [False]], 0.5)
     """
     check_sparsity(sparsity)
+    targets = _targets(sparsity, stages, path)
     size = batch_size(batch)
     m = size if examples_per_stage is None else examples_per_stage
     if not 1 <= m <= size:
@@ -119,7 +126,7 @@ def prune_one_shot(
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     infos = []
     order = jnp.arange(size) if key is None else jax.random.permutation(key, size)
-    for number, target in enumerate(_targets(sparsity, stages, path)):
+    for number, target in enumerate(targets):
         examples = _take(batch, order[(jnp.arange(m) + number * m) % size])
         gradients = per_example_gradients(
             loss_fn,
@@ -127,27 +134,27 @@ def prune_one_shot(
             examples,
             microbatch_size=microbatch_size,
             examples_per_gradient=examples_per_gradient,
-            check=number == 0,
+            check=check and number == 0,
         )
-        params, masks, info = _prune(
+        hessian, scores = _score(params, masks, gradients, curvature=curvature, criterion=criterion)
+        del gradients  # the curvature has what it needs of them
+        new_masks = make_masks(scores, target, scope=scope, previous=masks, batch_axes=batch_axes)
+        params, masks, info = _move(
             params,
             masks,
-            gradients,
+            new_masks,
+            scores,
+            hessian,
             examples,
-            target,
             loss_fn=loss_fn,
-            curvature=curvature,
-            criterion=criterion,
             method=method,
-            scope=scope,
             microbatch_size=microbatch_size,
         )
-        del gradients  # before the next stage makes its own
         if not isinstance(info.nonfinite, jax.core.Tracer) and info.nonfinite.any():
             bad = [name for name, broken in zip(names, info.nonfinite, strict=True) if broken]
             raise ValueError(
-                f"Stage {number + 1} of {stages}: scores or updates of {bad} are not finite. Look for NaN in the "
-                "parameters and the batch, or raise the damping of the curvature."
+                f"Stage {number + 1} of {stages}: updates of {bad} are not finite. Look for NaN in the parameters "
+                "and the batch, or raise the damping of the curvature."
             )
         infos.append(info)
         if on_stage is not None:
@@ -160,57 +167,60 @@ def _take(batch: Batch, chosen: Int[Array, " m"]) -> Batch:
 
 
 def _targets(sparsity: Sparsity, stages: int, path: Path) -> list[Sparsity]:
-    if isinstance(sparsity, Mapping):
-        paths = {name: stage_sparsities(float(s), stages, path=path) for name, s in sparsity.items()}
-        return [{name: float(values[t]) for name, values in paths.items()} for t in range(stages)]
+    values = list(sparsity.values()) if isinstance(sparsity, Mapping) else [sparsity]
     if stages == 1:
-        return [sparsity]  # may be traced
-    return [float(s) for s in stage_sparsities(float(sparsity), stages, path=path)]
+        return [sparsity]
+    if any(isinstance(value, jax.core.Tracer) for value in values):
+        raise ValueError("A traced sparsity goes with stages=1: the sparsities of several stages are made on the host.")
+    curves = [stage_sparsities(float(value), stages, path=path) for value in values]
+    if isinstance(sparsity, Mapping):
+        return [dict(zip(sparsity, map(float, at_stage), strict=True)) for at_stage in zip(*curves, strict=True)]
+    return [float(value) for value in curves[0]]
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "loss_fn",
-        "curvature",
-        "criterion",
-        "method",
-        "scope",
-        "microbatch_size",
-    ),
-)
-def _prune(
+@partial(jax.jit, static_argnames=("curvature", "criterion"))
+def _score(
     params: Params,
     masks: Masks,
     gradients: Gradients,
-    examples: Batch,
-    sparsity: Sparsity,
     *,
-    loss_fn: LossFn,
     curvature: Callable[[Gradients], Curvature],
     criterion: Callable[[Params, Curvature], Scores],
+) -> tuple[Curvature, Scores]:
+    hessian = curvature(apply_masks(gradients, masks))  # what was pruned before leaves the problem
+    return hessian, criterion(params, hessian)
+
+
+@partial(jax.jit, static_argnames=("loss_fn", "method", "microbatch_size"))
+def _move(
+    params: Params,
+    masks: Masks,
+    new_masks: Masks,
+    scores: Scores,
+    hessian: Curvature,
+    examples: Batch,
+    *,
+    loss_fn: LossFn,
     method: Method | None,
-    scope: Scope,
     microbatch_size: int | None,
 ) -> Stage:
-    hessian = curvature(apply_masks(gradients, masks))  # what was pruned before leaves the problem
-    scores = criterion(params, hessian)
-    new_masks = make_masks(scores, sparsity, scope=scope, previous=masks)
-    plain = jax.tree.map(lambda w, mask: jnp.where(mask, 0, -w).astype(w.dtype), params, new_masks)
+    plain = jax.tree.map(lambda w, mask: jnp.where(mask, 0, -w), params, new_masks)
     steps = plain if method is None else compensate(params, new_masks, hessian, method=method)
     finite = jax.tree.map(lambda step: jnp.all(jnp.isfinite(step)), steps)
-    updates = jax.tree.map(jnp.where, finite, steps, plain)
+    # A leaf whose update is lost stays as it is, mask and weights.
+    updates = jax.tree.map(lambda ok, step: jnp.where(ok, step, 0), finite, steps)
+    kept = jax.tree.map(jnp.where, finite, new_masks, masks)
     pruned = optax.apply_updates(params, updates)
     broken = jax.tree.map(lambda ok, s: ~ok | jnp.any(jnp.isnan(s) | jnp.isneginf(s)), finite, scores)
     info = OneShotInfo(
-        sparsity=mask_sparsity(new_masks, scores),
+        sparsity=mask_sparsity(kept, scores),
         predicted_loss_change=predicted_loss_change(updates, hessian),
         loss_before=_mean_loss(loss_fn, params, examples, microbatch_size),
         loss_after=_mean_loss(loss_fn, pruned, examples, microbatch_size),
         damping=jnp.max(hessian.damping),
         nonfinite=jnp.stack(jax.tree.leaves(broken)),
     )
-    return Stage(pruned, new_masks, info)
+    return Stage(pruned, kept, info)
 
 
 def _mean_loss(loss_fn: LossFn, params: Params, examples: Batch, microbatch_size: int | None) -> Float[Array, ""]:

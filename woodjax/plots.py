@@ -48,6 +48,8 @@ def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> Non
         results: Any number of methods and sparsities.
         dense: Accuracy of the dense network.
     """
+    # A sparsity of 1 has no place on a logarithmic axis of what is kept.
+    results = [result for result in results if result.sparsity < 1]
     axes.axhline(100 * dense, color="0.7", linewidth=1, label="dense")
     for color, (title, rows) in zip(_colors(results), _by_method(results).items(), strict=False):
         axes.plot(
@@ -59,9 +61,10 @@ def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> Non
             markersize=4,
             label=title,
         )
-    kept = sorted({1 - result.sparsity for result in results if result.sparsity < 1}, reverse=True)
+    kept = sorted({1 - result.sparsity for result in results}, reverse=True)
     axes.set_xscale("log")
-    axes.set_xlim(kept[0] * 1.08, kept[-1] / 1.08)
+    if kept:
+        axes.set_xlim(kept[0] * 1.08, kept[-1] / 1.08)
     axes.xaxis.set_major_locator(FixedLocator(kept))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{100 * (1 - k):g}" for k in kept])

@@ -19,7 +19,7 @@ from woodjax.tree import path_name
 from woodjax.typing import Example, LossFn, Params
 
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
-ROOTS = ("rsqrt", "sqrt")
+ROOTS = ("rsqrt", "sqrt", "pow")
 MIXING = ("dot_general", "conv_general_dilated")  # a new layer begins: what came before is not its statistics
 
 
@@ -56,9 +56,11 @@ def check_loss(loss_fn: LossFn, params: Params, example: Example) -> None:
         if equation.primitive.name in RANDOM:
             raise ValueError(
                 f"loss_fn draws random numbers ({equation.primitive.name}), for example by dropout: its gradients "
-                "would be of another network each time. Call it in eval mode (model.eval(), deterministic=True)."
+                "would be of another network each time. Call it in eval mode (model.eval(), deterministic=True). If a "
+                "fixed key is meant, pass check=False."
             )
-    if _batch_normalised(closed.jaxpr, [False] * len(closed.jaxpr.invars))[0]:
+    sizes = len(jax.tree.leaves(params)), len(jax.tree.leaves(example))
+    if _batch_normalised(closed.jaxpr, [INDEPENDENT] * sizes[0] + [DATA] * sizes[1])[0]:
         raise ValueError(
             "loss_fn divides by the standard deviation over a batch axis of length one: batch normalisation in "
             "train mode. Per-example gradients need running statistics: call model.eval() or pass "
@@ -93,40 +95,46 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
             yield from _equations(inner)
 
 
-def _batch_normalised(jaxpr: Any, marks: list[bool]) -> tuple[bool, list[bool]]:
-    """Follow every reduction over a batch axis of length one until it meets a square root.
+INDEPENDENT, DATA, STATISTIC = 0, 1, 2  # of the example; made from it; reduced over a batch axis of length one
+
+
+def _batch_normalised(jaxpr: Any, marks: list[int]) -> tuple[bool, list[int]]:
+    """Follow every reduction of data over a batch axis of length one until it meets a root.
 
     Args:
         jaxpr: What to read.
-        marks: For each input, is it such a reduction already?
+        marks: What each input is: `INDEPENDENT`, `DATA` or `STATISTIC`.
 
     Returns:
         Whether a root was met, and the marks of the outputs.
     """
-    marked = {var for var, mark in zip(jaxpr.invars, marks, strict=True) if mark}
+    marked = dict(zip(jaxpr.invars, marks, strict=True))
 
-    def is_marked(var: Any) -> bool:
-        return not isinstance(var, core.Literal) and var in marked
+    def mark(var: Any) -> int:
+        return INDEPENDENT if isinstance(var, core.Literal) else marked.get(var, INDEPENDENT)
 
     for equation in jaxpr.eqns:
-        name, inputs = equation.primitive.name, [is_marked(var) for var in equation.invars]
-        outputs = [any(inputs) and name not in MIXING] * len(equation.outvars)
-        if name in ROOTS and any(inputs):
+        name, inputs = equation.primitive.name, [mark(var) for var in equation.invars]
+        highest = max(inputs, default=INDEPENDENT)
+        if name in ROOTS and highest == STATISTIC:
             return True, []
-        if name == "reduce_sum":
+        if name in MIXING:
+            highest = min(highest, DATA)
+        if name == "reduce_sum" and highest >= DATA:
             shape, axes = equation.invars[0].aval.shape, equation.params["axes"]
-            outputs = [0 in axes and shape[0] == 1 and len(axes) < len(shape)]
+            highest = STATISTIC if 0 in axes and shape[0] == 1 and len(axes) < len(shape) else DATA
+        outputs = [highest] * len(equation.outvars)
         for inner in _sub_jaxprs(equation):
             surplus = len(inputs) - len(inner.invars)  # cond has its index in front
             found, inner_marks = _batch_normalised(
-                inner, inputs[surplus:] if surplus >= 0 else [False] * len(inner.invars)
+                inner, inputs[surplus:] if surplus >= 0 else [highest] * len(inner.invars)
             )
             if found:
                 return True, []
             if len(inner_marks) == len(outputs):
                 outputs = inner_marks
-        marked.update(var for var, mark in zip(equation.outvars, outputs, strict=True) if mark)
-    return False, [is_marked(var) for var in jaxpr.outvars]
+        marked.update(zip(equation.outvars, outputs, strict=True))
+    return False, [mark(var) for var in jaxpr.outvars]
 
 
 def _program(closed: Any) -> str:

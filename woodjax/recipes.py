@@ -10,6 +10,7 @@ from jaxtyping import Array, Key
 from woodjax.compensation import Method
 from woodjax.criteria import magnitude_scores, obs_scores
 from woodjax.curvature import Curvature, block_fisher, diagonal_fisher, low_rank_fisher
+from woodjax.curvature.protocol import check_damping
 from woodjax.masks import make_masks
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.tree import apply_masks
@@ -47,8 +48,12 @@ def recipes(*, damping: float = 1e-5, block_size: int = 512, stages: int = 16) -
         Recipes by name.
 
     Raises:
-        ValueError: `stages < 2`: a staged method would be called so without being it.
+        ValueError: `stages < 2`: a staged method would be called so without being it. Block size or damping
+            not positive.
     """
+    check_damping(damping)
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}: pass at least 1.")
     if stages < 2:
         raise ValueError(f"stages is {stages}: the staged methods need at least 2.")
     diagonal = partial(diagonal_fisher, damping=damping)

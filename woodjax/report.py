@@ -111,5 +111,5 @@ def save_arrays(file: Path, params: Params, masks: Masks) -> None:
     arrays = {}
     for prefix, tree in (("params", params), ("masks", masks)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            arrays[f"{prefix}/{path_name(path)}"] = np.ascontiguousarray(leaf)
+            arrays[f"{prefix}/{path_name(path)}"] = np.asarray(leaf, order="C")
     save_file(arrays, file)

@@ -25,7 +25,6 @@ class LeafSpec(NamedTuple):
 
     path: str  # names joined by "/"
     shape: tuple[int, ...]
-    dtype: Any  # numpy dtype
     selected: bool  # is it prunable?
     rows: int  # layers stacked along the batch axes (1 if there are none)
 
@@ -251,7 +250,7 @@ def _leaf_spec(path: str, leaf: Any, select: Select, batch_axes: int) -> LeafSpe
         raise ValueError(f"Leaf '{path}' is empty, shape {shape}: leave it out by select=.")
     if chosen and len(shape) < batch_axes:
         raise ValueError(f"Leaf '{path}' has shape {shape} but batch_axes={batch_axes}: leave it out by select=.")
-    return LeafSpec(path, shape, dtype, chosen, math.prod(shape[:batch_axes]) if chosen else 1)
+    return LeafSpec(path, shape, chosen, math.prod(shape[:batch_axes]) if chosen else 1)
 
 
 def check_like(tree: PyTree, like: PyTree, name: str) -> None:
@@ -273,6 +272,24 @@ def check_like(tree: PyTree, like: PyTree, name: str) -> None:
             )
 
 
+def check_bool(masks: PyTree, name: str) -> None:
+    """Raise unless every leaf is bool.
+
+    Args:
+        masks: A params-tree of masks.
+        name: What to call it in the message.
+
+    Raises:
+        ValueError: Naming the first leaf that is not.
+    """
+    for path, mask in jax.tree_util.tree_leaves_with_path(masks):
+        if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
+            raise ValueError(
+                f"{name}: leaf '{path_name(path)}' is {jnp.result_type(mask)}; masks are bool, True = survives. "
+                "Make them by make_masks, or by a comparison."
+            )
+
+
 def apply_masks(tree: PyTree[Float[Array, "..."]], masks: PyTree[Bool[Array, "..."]]) -> PyTree:
     """Set pruned coordinates to zero: `where(mask, x, 0)`, also where `x` is not finite.
 
@@ -284,7 +301,8 @@ def apply_masks(tree: PyTree[Float[Array, "..."]], masks: PyTree[Bool[Array, "..
         A tree like `tree`.
 
     Raises:
-        ValueError: The two trees differ in structure.
+        ValueError: The two trees differ in structure, a mask is not bool, or its shape is not that of the last
+            axes of its leaf.
 
     Example:
         >>> import jax.numpy as jnp, woodjax as wj
@@ -293,4 +311,10 @@ def apply_masks(tree: PyTree[Float[Array, "..."]], masks: PyTree[Bool[Array, "..
     """
     if jax.tree.structure(tree) != jax.tree.structure(masks):
         raise ValueError("masks have another tree structure than the tree they are applied to.")
+    check_bool(masks, "masks")
+    for (path, x), mask in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(masks), strict=True):
+        if jnp.shape(x)[jnp.ndim(x) - jnp.ndim(mask) :] != jnp.shape(mask) or jnp.ndim(x) < jnp.ndim(mask):
+            raise ValueError(
+                f"The mask of leaf '{path_name(path)}' has shape {jnp.shape(mask)}, the leaf {jnp.shape(x)}."
+            )
     return jax.tree.map(lambda x, mask: jnp.where(mask, x, 0), tree, masks)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from woodjax.curvature.protocol import check_damping
 from woodjax.tree import Layout, make_layout
 from woodjax.typing import Gradients, Masks, Params, Select, Updates
 
@@ -44,7 +45,9 @@ class Blocked(abc.ABC):
 
     def inverse_diagonal(self) -> Params:
         """`[H⁻¹]_qq` for every coordinate; 0 on leaves that are not prunable."""
-        return self.layout.to_tree(self.block_inverse_diagonal(), fill=0)
+        diagonal = self.block_inverse_diagonal()
+        # 0 says "held fixed": a prunable coordinate whose diagonal was lost must not be taken for that.
+        return self.layout.to_tree(jnp.where(diagonal > 0, diagonal, jnp.nan), fill=0)
 
     def solve(self, tree: Params) -> Params:
         """`H⁻¹v`; 0 on leaves that are not prunable."""
@@ -97,21 +100,3 @@ def gradient_blocks(
     shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(jnp.shape(g)[1:], jnp.result_type(g)), gradients)
     layout = make_layout(shapes, block_size=block_size, select=select, batch_axes=batch_axes)
     return layout, layout.to_blocks(gradients)
-
-
-def check_damping(damping: Float[Array, ""] | float) -> None:
-    """Raise unless the damping is positive, or not known before the program runs.
-
-    Args:
-        damping: `λ`.
-
-    Raises:
-        ValueError: `damping` is zero, negative, not finite or not a scalar.
-    """
-    if jnp.ndim(damping) != 0:
-        raise ValueError(f"damping has shape {jnp.shape(damping)}: pass one positive number.")
-    if not isinstance(damping, jax.core.Tracer) and not 0 < float(damping) < float("inf"):
-        raise ValueError(
-            f"damping is {float(damping)}: it must be positive and finite, the Fisher of fewer examples than "
-            "weights is singular without it. 1e-5 to 1e-3 of the mean squared gradient is usual."
-        )

@@ -85,7 +85,8 @@ def block_fisher(
             see the result's `damping`.
         engine: How the inverse is made: `"scan"` (the paper's rank-1 recursion), `"rank_k"`,
             `"primal"` (Cholesky of the block), `"dual"` (Cholesky of the Gram matrix), or
-            `"auto"`: primal if `m >= b`, else dual. All give the same matrix.
+            `"auto"`: primal if `m >= b`, else dual. All give the same matrix up to rounding, which
+            is best for `"primal"` where gradients are large against the damping.
         select: Which leaves are prunable, asked as `select(path, leaf)`.
         batch_axes: Leading axes that stack layers; no block straddles two layers.
 

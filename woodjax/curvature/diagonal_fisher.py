@@ -26,7 +26,7 @@ class DiagonalFisher(Blocked):
 
     def diagonal(self) -> Params:
         """`h` as a tree, for `obd_scores`; `+inf` on leaves that are not prunable."""
-        return self.layout.to_tree(self.blocks, fill=jnp.inf)
+        return self.layout.to_tree(jnp.where(jnp.isfinite(self.blocks), self.blocks, jnp.nan), fill=jnp.inf)
 
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
         """`1/h`."""

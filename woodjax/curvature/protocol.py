@@ -4,6 +4,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from woodjax import linalg
@@ -78,3 +79,21 @@ def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Para
 def _inner(x: Params, y: Params) -> Float[Array, ""]:
     products = jax.tree.map(lambda a, b: linalg.contract("i,i->", jnp.ravel(a), jnp.ravel(b)), x, y)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+
+
+def check_damping(damping: Float[Array, ""] | float) -> None:
+    """Raise unless the damping is positive, or not known before the program runs.
+
+    Args:
+        damping: `λ`.
+
+    Raises:
+        ValueError: `damping` is zero, negative, not finite or not a scalar.
+    """
+    if jnp.ndim(damping) != 0:
+        raise ValueError(f"damping has shape {jnp.shape(damping)}: pass one positive number.")
+    if not isinstance(damping, jax.core.Tracer) and not 0 < np.float32(damping) < np.inf:
+        raise ValueError(
+            f"damping is {float(damping)}: it must be positive and finite, the Fisher of fewer examples than "
+            "weights is singular without it. 1e-5 to 1e-3 of the mean squared gradient is usual."
+        )
