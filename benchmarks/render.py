@@ -118,7 +118,7 @@ def picture(records: list[Record]) -> Figure:
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     draw_accuracy(axes, results, dense=dense["value"] / 100)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     axes.set_title(f"{dense['network']} on {dense['dataset']}, one-shot")
     return figure
 
