@@ -106,7 +106,7 @@ def test_all_classes_are_the_gauss_newton_matrix_of_cross_entropy():
     x, _ = batch()
     rows = wj.all_class_gradients(apply_fn, PARAMS, x)["w"].reshape(12, -1)
     loss = cross_entropy(apply_fn)
-    mean_loss = lambda w: jnp.mean(jax.vmap(lambda row: loss({"w": w}, (row, 0)))(x))  # noqa: E731
+    mean_loss = lambda w: jnp.mean(jax.vmap(lambda row: loss({"w": w}, (row, 0)))(x))
     hessian = jax.hessian(mean_loss)(PARAMS["w"]).reshape(6, 6)
     np.testing.assert_allclose(rows.T @ rows / 12, hessian, atol=1e-5)
 

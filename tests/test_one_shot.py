@@ -259,7 +259,7 @@ def test_path_and_damping_are_reported():
 
 def test_stacked_layers_are_leaves():
     params = {"w": jax.random.normal(KEY, (2, 5, 5)), "out": jax.random.normal(KEY, (1, 5, 3))}
-    apply_fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"][0]) @ p["w"][1]) @ p["out"][0]  # noqa: E731
+    apply_fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"][0]) @ p["w"][1]) @ p["out"][0]
     curvature = partial(wj.diagonal_fisher, batch_axes=1)
     _, masks, _ = wj.prune_one_shot(
         cross_entropy(apply_fn), params, data(), 0.4, scope="leaf", batch_axes=1, curvature=curvature
@@ -269,7 +269,7 @@ def test_stacked_layers_are_leaves():
 
 def test_check_can_be_turned_off():
     loss_fn, params, _ = trained()
-    noisy = lambda p, x: loss_fn(p, x) + 0 * jax.random.normal(KEY)  # noqa: E731
+    noisy = lambda p, x: loss_fn(p, x) + 0 * jax.random.normal(KEY)
     with pytest.raises(ValueError, match="draws random numbers"):
         wj.prune_one_shot(noisy, params, data(), 0.5, curvature=WHOLE)
     wj.prune_one_shot(noisy, params, data(), 0.5, curvature=WHOLE, check=False)

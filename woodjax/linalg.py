@@ -71,8 +71,8 @@ def woodbury_scan(gradients: Float[Array, "m b"], damping: Float[Array, ""] | fl
 
     Example:
         >>> import jax.numpy as jnp, woodjax as wj
-        >>> wj.woodbury_scan(jnp.array([[2.0]]), 1.0).tolist()  # 1 / (1 + 2·2)
-        [[0.19999998807907104]]
+        >>> wj.woodbury_scan(jnp.array([[2.0]]), 1.0).round(3).tolist()  # 1 / (1 + 2·2)
+        [[0.20000000298023224]]
     """
     m, b = gradients.shape
 
@@ -352,8 +352,9 @@ def solve_cholesky(matrix: Float[Array, "n n"], vector: Float[Array, " n"]) -> F
 
 
 def _least_diagonal(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> Float[Array, " b"]:
-    """`1/F_qq ≤ [F⁻¹]_qq` (Cauchy–Schwarz)."""
-    return 1 / (contract("mb,mb->b", gradients, gradients) / gradients.shape[0] + damping)
+    """`1/F_qq ≤ [F⁻¹]_qq` (Cauchy–Schwarz); NaN where the square of a gradient overflows."""
+    fisher = contract("mb,mb->b", gradients, gradients) / gradients.shape[0] + damping
+    return jnp.where(jnp.isfinite(fisher), 1 / fisher, jnp.nan)
 
 
 def _bound_diagonal(
@@ -370,11 +371,14 @@ def _inverse_cholesky(
     n, dtype = matrix.shape[0], matrix.dtype
     eye = jnp.eye(n, dtype=dtype)
 
-    def is_spoiled(state: tuple[Array, Array, Array]) -> Array:
+    def is_sound(factor: Array, used: Array) -> Array:
         # Every pivot is at least the smallest eigenvalue, so at least the ridge: one that is not is rounding.
+        pivots = jnp.diagonal(factor) ** 2
+        return jnp.all((pivots >= 0.99 * used) & jnp.isfinite(pivots))
+
+    def is_spoiled(state: tuple[Array, Array, Array]) -> Array:
         factor, used, raises = state
-        sound = jnp.all(jnp.diagonal(factor) ** 2 >= 0.99 * used)
-        return ~sound & (raises < MAX_RAISES)
+        return ~is_sound(factor, used) & (raises < MAX_RAISES)
 
     def raise_ridge(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         _, used, raises = state
@@ -383,6 +387,7 @@ def _inverse_cholesky(
     first = jnp.asarray(ridge, dtype)
     start = (jnp.linalg.cholesky(matrix + first * eye), first, jnp.zeros((), jnp.int32))
     factor, used, _ = lax.while_loop(is_spoiled, raise_ridge, start)
+    factor = jnp.where(is_sound(factor, used), factor, jnp.nan)  # past mending: NaN or overflow in the matrix
     # An explicit triangular inverse turns every later solve into a matrix product: several times faster than a
     # triangular solve with as many right-hand sides as there are parameters.
     return solve_triangular(factor, eye, lower=True), used

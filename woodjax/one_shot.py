@@ -100,7 +100,7 @@ def prune_one_shot(
 
     Cost:
         For each stage `m` backward passes, and flops and memory of the curvature: for the
-        default `m·d` memory twice and about `6m²d` flops.
+        default `3m·d` floats at the peak and about `6m²d` flops.
 
     References:
         Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340); Frantar et al., M-FAC, 2021
