@@ -172,9 +172,11 @@ def batch_size(batch: Batch) -> int:
     """
     sizes = {path_name(path): jnp.shape(x)[:1] for path, x in jax.tree_util.tree_leaves_with_path(batch)}
     if len(set(sizes.values())) != 1 or () in sizes.values() or (0,) in sizes.values():
+        some = ", ".join(f"'{name}': {size}" for name, size in list(sizes.items())[:3])
         raise ValueError(
-            f"Batch leaves have leading sizes {sizes}: every leaf must have the same, non-zero number of "
-            "examples along its first axis."
+            f"Batch leaves have leading sizes {some}{', …' if len(sizes) > 3 else ''}: every leaf must have the same, "
+            "non-zero number of examples along its first axis. A batch is one tree of stacked arrays, such as "
+            "(inputs, labels), not a list of examples."
         )
     return next(iter(sizes.values()))[0]
 

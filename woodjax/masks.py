@@ -71,7 +71,7 @@ def make_masks(
     paths, treedef = jax.tree_util.tree_flatten_with_path(scores)
     names = [path_name(path) for path, _ in paths]
     if scope not in ("global", "leaf", "erdos_renyi"):
-        raise ValueError(f"scope is {scope!r}: choose 'global', 'leaf' or 'erdos_renyi'.")
+        raise ValueError(f"scope is {scope!r}: choose 'global', 'leaf' or 'erdos_renyi'; a mapping goes in sparsity.")
     check_sparsity(sparsity)
     if not names:
         raise ValueError("scores have no leaves: pass a params-tree of floats.")
@@ -221,8 +221,8 @@ def _ranked(name: str, leaf: Any, previous: Bool[Array, "..."] | None) -> Float[
     if not isinstance(broken, jax.core.Tracer) and broken:
         bad = int(jnp.sum(jnp.isnan(leaf) | jnp.isneginf(leaf)))
         raise ValueError(
-            f"Scores of leaf '{name}' hold {bad} NaN or -inf of {leaf.size}: raise the damping, or look for NaN "
-            "in the parameters and gradients."
+            f"Scores of leaf '{name}' hold {bad} NaN or -inf of {leaf.size}: look for NaN in the batch, "
+            "the parameters and the gradients, or raise the damping."
         )
     if previous is not None:
         leaf = jnp.where(previous, leaf, -jnp.inf)

@@ -15,7 +15,7 @@ from woodjax.curvature import Curvature, low_rank_fisher, predicted_loss_change
 from woodjax.gradients import batch_size, per_example_gradients
 from woodjax.masks import Scope, Sparsity, check_sparsity, make_masks, mask_sparsity
 from woodjax.schedules import Path, stage_sparsities
-from woodjax.tree import apply_masks, check_like, path_name
+from woodjax.tree import apply_masks, check_floating, check_like, path_name
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params, Scores
 
 
@@ -115,6 +115,7 @@ def prune_one_shot(
         ([[True], [False]], 0.5)
     """
     check_sparsity(sparsity)
+    check_floating(params)
     targets = _targets(sparsity, stages, path)
     size = batch_size(batch)
     m = size if examples_per_stage is None else examples_per_stage

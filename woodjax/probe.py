@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from woodjax.tree import path_name
+from woodjax.tree import check_floating
 from woodjax.typing import Example, LossFn, Params
 
 RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
@@ -43,12 +43,7 @@ def check_loss(loss_fn: LossFn, params: Params, example: Example) -> None:
         >>> import jax.numpy as jnp, woodjax as wj
         >>> wj.check_loss(lambda w, x: (w * x).sum(), jnp.ones(2), jnp.ones(2))
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"Leaf '{path_name(path)}' is {jnp.result_type(leaf)}: only floating parameters have gradients. "
-                "Split it off first, for example by nnx.split(model, nnx.Param, ...) or eqx.partition."
-            )
+    check_floating(params)
     closed, shape = _trace(loss_fn, params, example)
     if not hasattr(shape, "shape") or shape.shape != () or not jnp.issubdtype(shape.dtype, jnp.floating):
         raise ValueError(f"loss_fn returned {shape}: it must return one floating scalar for ONE example.")
@@ -76,7 +71,12 @@ def check_loss(loss_fn: LossFn, params: Params, example: Example) -> None:
 
 def _trace(loss_fn: LossFn, params: Params, example: Example) -> tuple[Any, Any]:
     # A new function each time: JAX would hand back the first trace of one that it knows.
-    return jax.make_jaxpr(lambda p, e: loss_fn(p, e), return_shape=True)(params, example)
+    try:
+        return jax.make_jaxpr(lambda p, e: loss_fn(p, e), return_shape=True)(params, example)
+    except Exception as error:
+        shapes = jax.tree.map(lambda x: tuple(x.shape), example)
+        error.add_note(f"woodjax called loss_fn(params, example) with ONE example, of shapes {shapes}: no batch axis.")
+        raise
 
 
 def _sub_jaxprs(equation: Any) -> Iterator[Any]:

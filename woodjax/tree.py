@@ -222,6 +222,7 @@ def make_layout(
     """
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}: pass at least 1, or None for the whole network.")
+    check_floating(params)
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     specs = tuple(_leaf_spec(path_name(path), leaf, select, batch_axes) for path, leaf in paths)
     selected = [spec for spec in specs if spec.selected]
@@ -236,13 +237,26 @@ def make_layout(
     return Layout(treedef, specs, size, block_size is None)
 
 
+def check_floating(params: PyTree) -> None:
+    """Raise unless every leaf is a floating array, or the shape of one.
+
+    Args:
+        params: A params-tree.
+
+    Raises:
+        ValueError: Naming the first leaf that is not.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", type(leaf).__name__)
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"Leaf '{path_name(path)}' is {dtype}: only floating arrays have gradients. Split it off first, for "
+                "example by nnx.split(model, nnx.Param, ...) or eqx.partition(model, eqx.is_inexact_array)."
+            )
+
+
 def _leaf_spec(path: str, leaf: Any, select: Select, batch_axes: int) -> LeafSpec:
-    shape, dtype = tuple(jnp.shape(leaf)), jnp.dtype(getattr(leaf, "dtype", type(leaf)))
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"Leaf '{path}' is {dtype}: only floating parameters have gradients. "
-            "Split it off first, for example by nnx.split(model, nnx.Param, ...) or eqx.partition."
-        )
+    shape, dtype = tuple(leaf.shape), leaf.dtype
     if not batch_axes >= 0:
         raise ValueError(f"batch_axes is {batch_axes}: pass 0 or a positive number.")
     chosen = bool(select(path, jax.ShapeDtypeStruct(shape[batch_axes:], dtype)))
