@@ -74,6 +74,7 @@ def test_compiled_once_for_the_same_loss():
         ({}, (np.ones((3, 3)), np.ones(4)), "leading sizes"),
         ({}, (np.ones((0, 3)), np.ones(0)), "non-zero number of examples"),
         ({}, (np.ones((3, 3)), 1.0), "leading sizes"),
+        ({}, [(np.ones(3), 1.0)] * 9, "not a list of examples"),
     ],
 )
 def test_bad_batches(options, examples, message):
@@ -283,6 +284,12 @@ def test_a_custom_derivative_is_not_a_different_program():
 def test_unfit_losses(loss, params, message):
     with pytest.raises(ValueError, match=message):
         wj.check_loss(loss, params, jnp.ones(3))
+
+
+def test_a_loss_over_a_batch_is_told_what_it_gets():
+    with pytest.raises(ValueError, match="axis 1 is out of bounds") as caught:
+        wj.per_example_gradients(lambda p, x: jax.nn.log_softmax(x @ p["w"], axis=1).sum(), PARAMS, batch()[0])
+    assert any("with ONE example, of shapes (3,)" in note for note in caught.value.__notes__)
 
 
 def test_nnx_adapter():

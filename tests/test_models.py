@@ -89,6 +89,9 @@ def test_importer_needs_a_safetensors_file(tmp_path):
     model = MLP((3, 2), rngs=nnx.Rngs(0))
     with pytest.raises(FileNotFoundError, match="No weights file"):
         load_torch_layout(model, tmp_path / "none.safetensors")
+    save_file({"params/fc1/kernel": np.ones((3, 2))}, tmp_path / "own.safetensors")
+    with pytest.raises(ValueError, match="an output of `woodjax prune`"):
+        load_torch_layout(model, tmp_path / "own.safetensors")
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_torch_layout(model, tmp_path / "text.safetensors")

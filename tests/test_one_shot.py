@@ -275,6 +275,11 @@ def test_check_can_be_turned_off():
     wj.prune_one_shot(noisy, params, data(), 0.5, curvature=WHOLE, check=False)
 
 
+def test_a_model_that_is_not_partitioned_is_refused():
+    with pytest.raises(ValueError, match=r"activation' is custom_jvp: only floating arrays .* eqx.partition"):
+        wj.prune_one_shot(lambda p, x: 0.0, eqx.nn.MLP(5, 3, 6, 1, key=KEY), data(), 0.5)
+
+
 def test_traced_sparsity_needs_one_stage():
     loss_fn, params, _ = trained()
     run = partial(wj.prune_one_shot, loss_fn, params, data(), curvature=WHOLE)

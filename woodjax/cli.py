@@ -89,7 +89,7 @@ def _prune(options: argparse.Namespace) -> None:
     console = Console()
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
-        training = bars.add_task("training", total=options.epochs, visible=options.weights is None)
+        training = bars.add_task("training", total=options.epochs, visible=False)
         problem = load_problem(
             options.dataset,
             data_dir=options.data_dir,
@@ -97,7 +97,7 @@ def _prune(options: argparse.Namespace) -> None:
             weights=options.weights,
             epochs=options.epochs,
             seed=options.seed,
-            on_epoch=lambda: bars.advance(training),
+            on_epoch=lambda: bars.update(training, advance=1, visible=True),
         )
         arrays = options.out / "arrays"
         arrays.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _prune(options: argparse.Namespace) -> None:
             dataset=options.dataset,
             seed=options.seed,
             dense_accuracy=problem.accuracy(problem.params),
-            config={name: _plain(value) for name, value in vars(options).items()},
+            config={name: _plain(value) for name, value in vars(options).items()} | {"network": problem.network},
         )
         for name in options.method:
             bar = bars.add_task(known[name].title, total=known[name].stages * len(options.sparsity))

@@ -51,7 +51,7 @@ def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> Non
     # A sparsity of 1 has no place on a logarithmic axis of what is kept.
     results = [result for result in results if result.sparsity < 1]
     axes.axhline(100 * dense, color="0.7", linewidth=1, label="dense")
-    for color, (title, rows) in zip(_colors(results), _by_method(results).items(), strict=False):
+    for color, (title, rows) in zip(_colors(results), _by_method(results).items(), strict=True):
         axes.plot(
             [1 - row.sparsity for row in rows],
             [100 * row.accuracy for row in rows],
@@ -80,10 +80,12 @@ def draw_leaf_density(axes: Axes, results: Sequence[Result]) -> None:
         axes: Where to.
         results: One sparsity, any number of methods.
     """
-    for color, (_, rows) in zip(_colors(results), _by_method(results).items(), strict=False):
+    methods = _by_method(results)
+    for i, (color, rows) in enumerate(zip(_colors(results), methods.values(), strict=True)):
         density = rows[0].leaf_density
+        shift = 0.3 * ((i + 0.5) / len(methods) - 0.5)  # side by side: methods that agree stay visible
         axes.plot(
-            range(len(density)),
+            [leaf + shift for leaf in range(len(density))],
             [100 * value for value in density.values()],
             STYLE[rows[0].column],
             color=color,
@@ -92,12 +94,18 @@ def draw_leaf_density(axes: Axes, results: Sequence[Result]) -> None:
         )
     names = list(results[0].leaf_density)
     axes.set_xticks(range(len(names)), [name.removesuffix("/kernel") for name in names], rotation=90)
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(0, 105)
-    ticks = [0, 1, 2, 5, 10, 20, 50, 100]
+    lowest = min(value for result in results for value in result.leaf_density.values())
+    if lowest > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(70 * lowest, 110)
+    else:  # a leaf is empty: zero needs a place
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(0, 110)
+    ticks = [tick for tick in (0, 1, 2, 5, 10, 20, 50, 100) if tick >= 70 * lowest]
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylabel("kept in the leaf, %")
-    axes.set_title(f"at {100 * results[0].sparsity:g} % sparsity")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("kept, %")
+    axes.set_title(f"kept of each leaf at {100 * results[0].sparsity:g} % sparsity")
     axes.grid(alpha=0.3)
 
 

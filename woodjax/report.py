@@ -51,7 +51,8 @@ class Report:
         """Test accuracy: a row a method, a column a sparsity."""
         levels = sorted({result.sparsity for result in self.results})
         title = f"{self.network} on {self.dataset}: test accuracy in %, dense {100 * self.dense_accuracy:.2f}"
-        table = Table("method", "column", title=title)
+        caption = "One big step leaves the region where the quadratic model holds: at high sparsity use stages."
+        table = Table("method", "column", title=title, caption=caption)
         for level in levels:
             table.add_column(f"{100 * level:g} %", justify="right")
         for method in dict.fromkeys(result.method for result in self.results):

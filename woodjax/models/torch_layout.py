@@ -37,8 +37,8 @@ def load_torch_layout(model: nnx.Module, file: str | PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not a safetensors file; or entries that are missing, unexpected or of another
-            shape, all of them listed.
+        ValueError: Not a safetensors file, or one that `woodjax prune` wrote; or entries that are missing,
+            unexpected or of another shape, all of them listed.
 
     Cost:
         Memory of the file.
@@ -49,6 +49,8 @@ def load_torch_layout(model: nnx.Module, file: str | PathLike[str]) -> None:
         found = {_plain(name): array for name, array in load_file(file).items() if not IGNORED.search(name)}
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    if any(name.startswith("params/") for name in found):
+        raise ValueError(f"{file} is an output of `woodjax prune`, not a file with torch's names and layouts.")
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     wanted: dict[tuple[str | int, ...], Any] = dict(flatten_dict(nnx.to_pure_dict(state)))
     values, problems = {}, []
