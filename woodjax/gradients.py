@@ -253,7 +253,7 @@ def _map_rows(
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, rows))):
         return lax.map(lambda row: row_fn(params, row), rows, batch_size=microbatch_size)
     # Outside jit the loop runs on the host, into one donated buffer. XLA's CPU backend runs the gradient of a
-    # convolution inside a compiled loop by a naive kernel, measured 15 times slower than the same outside one.
+    # convolution inside a compiled loop by a naive kernel, many times slower than the same outside one.
     row_shapes = jax.eval_shape(row_fn, params, jax.tree.map(lambda x: x[0], rows))
     result = jax.tree.map(lambda g: jnp.zeros((size, *g.shape), g.dtype), row_shapes)
     for start in range(0, size, microbatch_size):
