@@ -388,6 +388,6 @@ def _inverse_cholesky(
     start = (jnp.linalg.cholesky(matrix + first * eye), first, jnp.zeros((), jnp.int32))
     factor, used, _ = lax.while_loop(is_spoiled, raise_ridge, start)
     factor = jnp.where(is_sound(factor, used), factor, jnp.nan)  # past mending: NaN or overflow in the matrix
-    # An explicit triangular inverse turns every later solve into a matrix product: several times faster than a
-    # triangular solve with as many right-hand sides as there are parameters.
+    # An explicit triangular inverse turns every later solve into a matrix product rather than a triangular
+    # solve with as many right-hand sides as there are parameters.
     return solve_triangular(factor, eye, lower=True), used

@@ -120,7 +120,7 @@ def nonfinite_scores(scores: Scores) -> Int[Array, ""]:
         >>> int(wj.nonfinite_scores({"a": jnp.array([jnp.nan]), "b": jnp.array([1.0])}))
         1
     """
-    return sum((_broken(leaf).astype(jnp.int32) for leaf in jax.tree.leaves(scores)), start=jnp.int32(0))
+    return sum((is_broken(leaf).astype(jnp.int32) for leaf in jax.tree.leaves(scores)), start=jnp.int32(0))
 
 
 def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
@@ -208,7 +208,8 @@ def check_sparsity(sparsity: Sparsity) -> None:
         raise ValueError(f"sparsity is {float(sparsity)}: it is the fraction to prune, between 0 and 1.")
 
 
-def _broken(leaf: Float[Array, "..."]) -> Bool[Array, ""]:
+def is_broken(leaf: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Does a leaf of scores hold NaN or `-inf`, which no criterion means?"""
     return jnp.any(jnp.isnan(leaf) | jnp.isneginf(leaf))
 
 
@@ -217,7 +218,7 @@ def _ranked(name: str, leaf: Any, previous: Bool[Array, "..."] | None) -> Float[
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(f"Scores of leaf '{name}' are {leaf.dtype}: scores are floats.")
     leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    broken = _broken(leaf)
+    broken = is_broken(leaf)
     if not isinstance(broken, jax.core.Tracer) and broken:
         bad = int(jnp.sum(jnp.isnan(leaf) | jnp.isneginf(leaf)))
         raise ValueError(

@@ -13,7 +13,7 @@ from woodjax.compensation import Method, compensate
 from woodjax.criteria import obs_scores
 from woodjax.curvature import Curvature, low_rank_fisher, predicted_loss_change
 from woodjax.gradients import batch_size, per_example_gradients
-from woodjax.masks import Scope, Sparsity, check_sparsity, make_masks, mask_sparsity
+from woodjax.masks import Scope, Sparsity, check_sparsity, is_broken, make_masks, mask_sparsity
 from woodjax.schedules import Path, stage_sparsities
 from woodjax.tree import apply_masks, check_floating, check_like, path_name
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params, Scores
@@ -212,7 +212,7 @@ def _move(
     updates = jax.tree.map(lambda ok, step: jnp.where(ok, step, 0), finite, steps)
     kept = jax.tree.map(jnp.where, finite, new_masks, masks)
     pruned = optax.apply_updates(params, updates)
-    broken = jax.tree.map(lambda ok, s: ~ok | jnp.any(jnp.isnan(s) | jnp.isneginf(s)), finite, scores)
+    broken = jax.tree.map(lambda ok, s: ~ok | is_broken(s), finite, scores)
     info = OneShotInfo(
         sparsity=mask_sparsity(kept, scores),
         predicted_loss_change=predicted_loss_change(updates, hessian),
