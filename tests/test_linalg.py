@@ -62,13 +62,39 @@ def test_dual_diagonal_and_products(problem):
     assert_close(linalg.dual_solve(jnp.asarray(gradients), whitener, jnp.asarray(vector)), inverse @ vector)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 40, 64])
-def test_diagonal_is_streamed_over_columns(monkeypatch, chunk):
-    monkeypatch.setattr(linalg, "COLUMN_CHUNK", chunk)
-    gradients = np.random.default_rng(0).standard_normal((7, 40)).astype(np.float32)
-    whitener = linalg.whiten_gram(jnp.asarray(gradients), 0.1)
-    diagonal = linalg.dual_inverse_diagonal(jnp.asarray(gradients), whitener)
-    assert_close(diagonal, np.diag(oracle.woodfisher_inverse(gradients, 0.1)), digits=5)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(2, linalg.COLUMN_WINDOW), (3, linalg.COLUMN_WINDOW + 1), (5, 9000), (700, 300)])
+def test_windows_and_panels_cover_the_matrix_once(shape, masked):
+    rng = np.random.default_rng(0)
+    gradients = rng.standard_normal(shape)
+    kept = rng.random(shape[1]) < 0.5 if masked else None
+    counted = gradients * kept if masked else gradients
+    narrow = jnp.asarray(gradients, jnp.float32)
+    assert_close(linalg.gram(narrow, kept), counted @ counted.T, digits=5)
+    whitener = linalg.whiten_gram(narrow, 0.1)
+    system = shape[0] * 0.1 * np.eye(shape[0]) + gradients @ gradients.T
+    expected = (1 - np.sum(gradients * np.linalg.solve(system, gradients), axis=0)) / 0.1
+    assert_close(linalg.dual_inverse_diagonal(narrow, whitener), expected, digits=4)
+
+
+def test_small_factors_are_float64_where_jax_has_it():
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.standard_normal((150, 150)))[0]
+    rows = rng.standard_normal((200, 150)) * np.geomspace(1, 1e-2, 150) @ rotation
+    fisher = (rows.T @ rows / 200).astype(np.float32)
+    exact = np.linalg.inv(fisher.astype(np.float64) + 1e-7 * np.eye(150))
+
+    def error():
+        found = linalg.fisher_inverse(jnp.asarray(fisher), 1e-7)
+        assert found.inverse.dtype == jnp.float32
+        return np.abs(found.inverse - exact).max() / np.abs(exact).max()
+
+    narrow = error()
+    try:
+        jax.config.update("jax_enable_x64", True)
+        assert error() < 0.1 * narrow
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 @pytest.mark.parametrize("first_order", [False, True])

@@ -1,0 +1,117 @@
+"""Matrix products in full precision, and the Gram matrix of more columns than fit at once.
+
+Every contraction of the library goes through `contract`: JAX's default float32 product is bfloat16
+on TPU and TF32 on recent GPUs, and `1 − ΣZ²` does not survive that.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+COLUMN_WINDOW = 4096  # columns of G in work at once: bounds the workspace, and fits the caches
+ROW_PANEL = 256  # rows of a symmetric or triangular product in one matrix product
+
+
+def contract(subscripts: str, *operands: Array) -> Array:
+    """Einstein sum in full precision: float32 products are float32 on every device.
+
+    Args:
+        subscripts: As for `jax.numpy.einsum`.
+        *operands: Arrays; those of fewer than 32 bits are accumulated in float32.
+
+    Returns:
+        The contraction, at least float32.
+
+    Cost:
+        That of the products named by `subscripts`.
+    """
+    dtype = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
+    return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+
+
+@jax.jit
+def gram(gradients: Float[Array, "m b"], kept: Bool[Array, " b"] | None = None) -> Float[Array, "m m"]:
+    """Gram matrix `GGᵀ`, a window of columns at a time.
+
+    Args:
+        gradients: Per-example gradients `G [m, b]`.
+        kept: Columns that count; None for all.
+
+    Returns:
+        `GGᵀ [m, m]`, symmetric.
+
+    Cost:
+        About `m²b` flops, the lower triangle alone; workspace `m · min(b, 4096)` and `2m²`.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> wj.gram(jnp.array([[1.0, 2.0], [0.0, 1.0]])).tolist()
+        [[5.0, 2.0], [2.0, 1.0]]
+    """
+    m, b = gradients.shape
+    width = min(b, COLUMN_WINDOW)
+    dtype = jnp.promote_types(gradients.dtype, jnp.float32)
+
+    def add(total: Array, first: Array) -> tuple[Array, None]:
+        columns, fresh = window(gradients, first, width)
+        if kept is not None:
+            fresh &= lax.dynamic_slice_in_dim(kept, jnp.minimum(first, b - width), width)
+        return total + _lower_gram(jnp.where(fresh, columns, 0)), None
+
+    lower = lax.scan(add, jnp.zeros((m, m), dtype), jnp.arange(0, b, width))[0]
+    return lower + jnp.tril(lower, -1).T
+
+
+def window(gradients: Float[Array, "m b"], first: Array, width: int) -> tuple[Float[Array, "m w"], Bool[Array, " w"]]:
+    """Columns `first` to `first + width`; the last window starts earlier, to end with the matrix.
+
+    Args:
+        gradients: `G [m, b]`.
+        first: First column wanted.
+        width: Columns in a window, at most `b`.
+
+    Returns:
+        The columns, and which of them are at or after `first`.
+
+    Cost:
+        A copy of `m · width` elements.
+    """
+    start = jnp.minimum(first, gradients.shape[1] - width)
+    fresh = jnp.arange(width) >= first - start
+    return lax.dynamic_slice_in_dim(gradients, start, width, axis=1), fresh
+
+
+def leverage(root: Float[Array, "m m"], columns: Float[Array, "m w"]) -> Float[Array, " w"]:
+    """Sums of squares of the columns of `L⁻¹G`, without holding `L⁻¹G`.
+
+    Args:
+        root: `L⁻¹ [m, m]`, lower triangular.
+        columns: A window of `G`.
+
+    Returns:
+        `Σᵢ (L⁻¹G)_iq²` for every column `q`.
+
+    Cost:
+        About `1.25m²w` flops: the zeros of the triangle are skipped by panels.
+    """
+    total = jnp.zeros(columns.shape[1], jnp.promote_types(columns.dtype, jnp.float32))
+    for start, end in _panels(root.shape[0]):
+        z = contract("ij,jb->ib", root[start:end, :end], columns[:end])
+        total += contract("ib,ib->b", z, z)
+    return total
+
+
+def _lower_gram(rows: Float[Array, "m w"]) -> Float[Array, "m m"]:
+    # The lower triangle of the product; above the panels on the diagonal it is zero.
+    m = rows.shape[0]
+    lower = jnp.zeros((m, m), jnp.promote_types(rows.dtype, jnp.float32))
+    for start, end in _panels(m):
+        lower = lax.dynamic_update_slice(lower, contract("ib,jb->ij", rows[start:end], rows[:end]), (start, 0))
+    return jnp.tril(lower)
+
+
+def _panels(m: int) -> list[tuple[int, int]]:
+    # Few enough to be unrolled: at most four, each of at least ROW_PANEL rows.
+    height = max(ROW_PANEL, -(-m // 4))
+    return [(start, min(start + height, m)) for start in range(0, m, height)]
