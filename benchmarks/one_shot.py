@@ -122,7 +122,7 @@ def time_parts(problem: Problem, examples: int, damping: float, sparsity: float)
     scores, score_time = seconds(lambda: score(params, fisher))
     masks, mask_time = seconds(lambda: select(scores, sparsity))
     _, update_time = seconds(lambda: move(params, masks, fisher))
-    _, floor = seconds(lambda: gram(fisher.gradients[0]))
+    _, floor = seconds(lambda: gram(fisher.gradients[:, 0]))
     return {
         "one product G·Gᵀ": floor,
         "gradients": gradient_time,

@@ -7,14 +7,24 @@ pytree, each made by a pure function of the one before.
 from woodjax.compensation import compensate
 from woodjax.criteria import magnitude_scores, obd_scores, obs_scores, woodtaylor_scores
 from woodjax.curvature import (
+    Accumulator,
     BlockFisher,
+    BlockSums,
     Curvature,
     DiagonalFisher,
+    DiagonalSums,
+    Estimate,
+    GradientRows,
     LowRankFisher,
+    Relative,
+    StreamedFisher,
     block_fisher,
     diagonal_fisher,
+    empirical_fisher,
+    estimate,
     low_rank_fisher,
     predicted_loss_change,
+    streamed_fisher,
 )
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
 from woodjax.linalg import (
@@ -38,19 +48,28 @@ from woodjax.masks import make_masks, mask_sparsity, nonfinite_scores, prune_cou
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.probe import check_loss
 from woodjax.schedules import stage_sparsities
+from woodjax.stream import GradientStream, stream_gradients
 from woodjax.tree import Layout, apply_masks, is_kernel, make_layout, path_name
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accumulator",
     "BlockFisher",
+    "BlockSums",
     "Curvature",
     "DampedInverse",
     "DiagonalFisher",
+    "DiagonalSums",
+    "Estimate",
+    "GradientRows",
+    "GradientStream",
     "Layout",
     "LowRankFisher",
     "OneShotInfo",
+    "Relative",
     "Stage",
+    "StreamedFisher",
     "Whitener",
     "all_class_gradients",
     "apply_masks",
@@ -62,6 +81,8 @@ __all__ = [
     "dual_inverse",
     "dual_inverse_diagonal",
     "dual_solve",
+    "empirical_fisher",
+    "estimate",
     "fisher_inverse",
     "gram",
     "is_kernel",
@@ -83,6 +104,8 @@ __all__ = [
     "prune_one_shot",
     "sampled_label_gradients",
     "stage_sparsities",
+    "stream_gradients",
+    "streamed_fisher",
     "whiten",
     "whiten_gram",
     "woodbury_scan",

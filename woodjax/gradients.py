@@ -20,7 +20,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from woodjax.probe import check_loss
 from woodjax.tree import path_name
@@ -72,17 +72,10 @@ def per_example_gradients(
         >>> wj.per_example_gradients(loss, jnp.ones(1), jnp.array([[1.0], [3.0]])).tolist()
         [[1.0], [9.0]]
     """
-    size, s = batch_size(batch), examples_per_gradient
-    if s < 1 or size % s:
-        raise ValueError(
-            f"{size} examples cannot be averaged in groups of examples_per_gradient={s}: pass a divisor of {size}."
-        )
+    rows = group_examples(batch, examples_per_gradient)
     if check:
         check_loss(loss_fn, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
-
-    if s > 1:
-        batch = jax.tree.map(lambda x: jnp.reshape(x, (size // s, s, *x.shape[1:])), batch)
-    return _map_rows(_LossRow(loss_fn, s > 1), params, batch, microbatch_size)
+    return _map_rows(LossRow(loss_fn, examples_per_gradient > 1), params, rows, microbatch_size)
 
 
 def sampled_label_gradients(
@@ -181,17 +174,45 @@ def batch_size(batch: Batch) -> int:
     return next(iter(sizes.values()))[0]
 
 
+def group_examples(batch: Batch, examples_per_gradient: int) -> Batch:
+    """Examples in groups of which each makes one row.
+
+    Args:
+        batch: Examples `[n, ...]`.
+        examples_per_gradient: Examples in a group, `s`.
+
+    Returns:
+        The batch itself for `s = 1`, else leaves `[n / s, s, ...]`.
+
+    Raises:
+        ValueError: As `batch_size`; `n` not a multiple of `s`.
+    """
+    size, s = batch_size(batch), examples_per_gradient
+    if s < 1 or size % s:
+        raise ValueError(
+            f"{size} examples cannot be averaged in groups of examples_per_gradient={s}: pass a divisor of {size}."
+        )
+    if s == 1:
+        return batch
+    return jax.tree.map(lambda x: jnp.reshape(x, (size // s, s, *x.shape[1:])), batch)
+
+
 @dataclass(frozen=True)
-class _LossRow:
+class LossRow:
     """Gradient of one example, or of the mean over a group. Hashable, so that `jit` knows it again."""
 
     loss_fn: LossFn
     grouped: bool
 
-    def __call__(self, params: Params, row: Batch) -> Params:
+    def loss(self, params: Params, row: Batch) -> Float[Array, ""]:
+        """Loss of the row."""
         if not self.grouped:
-            return jax.grad(self.loss_fn)(params, row)
-        return jax.grad(lambda p: jnp.mean(jax.vmap(self.loss_fn, in_axes=(None, 0))(p, row)))(params)
+            return self.loss_fn(params, row)
+        return jnp.mean(jax.vmap(self.loss_fn, in_axes=(None, 0))(params, row))
+
+    def __call__(self, params: Params, row: Batch) -> Params:
+        """Gradient of the row."""
+        return jax.grad(self.loss)(params, row)
 
 
 @dataclass(frozen=True)

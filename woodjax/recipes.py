@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 from woodjax.compensation import Method
 from woodjax.criteria import magnitude_scores, obs_scores
 from woodjax.curvature import Curvature, block_fisher, diagonal_fisher, low_rank_fisher
-from woodjax.curvature.protocol import check_damping
+from woodjax.curvature.damping import check_damping
 from woodjax.masks import make_masks
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.tree import apply_masks

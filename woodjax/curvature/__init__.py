@@ -1,17 +1,31 @@
 """Curvatures: what stands for the Hessian of the mean loss, behind one protocol."""
 
-from woodjax.curvature.block_fisher import BlockFisher, block_fisher
-from woodjax.curvature.diagonal_fisher import DiagonalFisher, diagonal_fisher
-from woodjax.curvature.low_rank_fisher import LowRankFisher, low_rank_fisher
+from woodjax.curvature.block_fisher import BlockFisher, BlockSums, block_fisher
+from woodjax.curvature.damping import Relative
+from woodjax.curvature.diagonal_fisher import DiagonalFisher, DiagonalSums, diagonal_fisher
+from woodjax.curvature.empirical_fisher import Estimate, empirical_fisher, estimate
+from woodjax.curvature.low_rank_fisher import GradientRows, LowRankFisher, low_rank_fisher
 from woodjax.curvature.protocol import Curvature, predicted_loss_change
+from woodjax.curvature.streamed_fisher import StreamedFisher, streamed_fisher
+from woodjax.curvature.sums import Accumulator
 
 __all__ = [
+    "Accumulator",
     "BlockFisher",
+    "BlockSums",
     "Curvature",
     "DiagonalFisher",
+    "DiagonalSums",
+    "Estimate",
+    "GradientRows",
     "LowRankFisher",
+    "Relative",
+    "StreamedFisher",
     "block_fisher",
     "diagonal_fisher",
+    "empirical_fisher",
+    "estimate",
     "low_rank_fisher",
     "predicted_loss_change",
+    "streamed_fisher",
 ]

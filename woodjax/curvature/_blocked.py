@@ -5,15 +5,19 @@ keeps padding and unselected leaves out of every answer.
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from woodjax.curvature.protocol import check_damping
-from woodjax.tree import Layout, make_layout
-from woodjax.typing import Gradients, Masks, Params, Select, Updates
+from woodjax.tree import Layout
+from woodjax.typing import Masks, Params, Updates
+
+WORKSPACE = 2**28  # bytes that a step over several blocks may take beside its input and result
 
 
 @dataclass(frozen=True)
@@ -65,38 +69,41 @@ class Blocked(abc.ABC):
         return self.layout.to_tree(blocks, fill=0)
 
 
-def gradient_blocks(
-    gradients: Gradients,
-    damping: Float[Array, ""] | float,
-    *,
-    block_size: int | None,
-    select: Select,
-    batch_axes: int,
-) -> tuple[Layout, Float[Array, "m nb b"]]:
-    """Check per-example gradients and a damping, and cut them into blocks.
+def map_blocks(function: Callable[..., Any], rows: Float[Array, "m nb b"], *per_block: Any) -> Any:
+    """Apply a function of one block to every block, within a bounded workspace.
+
+    XLA's CPU backend multiplies one block at a time several times faster than a batch of them, and
+    never transposes the rows that way; accelerators want as many at once as the workspace takes.
 
     Args:
-        gradients: Leaves `[m, *leaf.shape]`.
-        damping: `λ`.
-        block_size: As in `make_layout`.
-        select: As in `make_layout`.
-        batch_axes: As in `make_layout`.
+        function: `function(columns [m, b], *leaves)`, for one block.
+        rows: Gradients in blocks.
+        *per_block: Trees of arrays with a leading axis `[nb]`.
 
     Returns:
-        The layout, and the gradients in it.
-
-    Raises:
-        ValueError: A leaf without an example axis, leaves that disagree on the number of
-            examples, no example at all, or a damping that is known and not positive.
+        What the function returns, with a leading axis `[nb]`.
     """
-    check_damping(damping)
-    leaves = jax.tree.leaves(gradients)
-    counts = {jnp.shape(leaf)[:1] for leaf in leaves}
-    if len(counts) != 1 or () in counts or (0,) in counts:
-        raise ValueError(
-            f"Gradient leaves have leading sizes {sorted(counts)}: every leaf must be [m, *leaf.shape] with the "
-            "same m >= 1, as woodjax.per_example_gradients returns them."
-        )
-    shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(jnp.shape(g)[1:], jnp.result_type(g)), gradients)
-    layout = make_layout(shapes, block_size=block_size, select=select, batch_axes=batch_axes)
-    return layout, layout.to_blocks(gradients)
+    m, nb, b = rows.shape
+    if nb == 1:
+        only = function(rows[:, 0], *jax.tree.map(lambda x: x[0], per_block))
+        return jax.tree.map(lambda x: x[None], only)
+    flat = rows.reshape(m, nb * b)
+
+    def one(arguments: tuple[Any, ...]) -> Any:
+        index, *leaves = arguments
+        return function(lax.dynamic_slice_in_dim(flat, index * b, b, axis=1), *leaves)
+
+    at_once = 1 if jax.default_backend() == "cpu" else blocks_at_once(4 * (m * b + min(m, b) ** 2))
+    return lax.map(one, (jnp.arange(nb), *per_block), batch_size=at_once if at_once > 1 else None)
+
+
+def blocks_at_once(bytes_each: int) -> int:
+    """How many blocks may be in work at the same time.
+
+    Args:
+        bytes_each: Workspace of one block.
+
+    Returns:
+        At least 1.
+    """
+    return max(1, WORKSPACE // bytes_each)

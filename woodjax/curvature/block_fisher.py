@@ -2,23 +2,34 @@
 
 `F = λI + (1/m) Σ gᵢgᵢᵀ` inside each block of `b` coordinates, zero between blocks.
 
-Memory: `nb·b²` for the inverse, `m·nb·b` for the gradients while it is built.
+Memory: `nb·b²` for the sums, as much for the inverse, `m·nb·b` for gradients that are held.
 Flops: those of the engine, for each block; see `woodjax.linalg`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
-from woodjax.curvature._blocked import Blocked, gradient_blocks
-from woodjax.tree import is_kernel
-from woodjax.typing import Gradients, Select
+from woodjax.curvature._blocked import Blocked, blocks_at_once, map_blocks
+from woodjax.curvature.damping import (
+    ONE_PERCENT,
+    Damping,
+    check_damping,
+    damping_of_rows,
+    resolve_damping,
+    spectrum_of_sums,
+)
+from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, sum_up
+from woodjax.stream import GradientStream
+from woodjax.tree import Layout, is_kernel, make_layout
+from woodjax.typing import Gradients, Params, Select
 
 Engine = Literal["auto", "scan", "rank_k", "primal", "dual"]
 
@@ -27,21 +38,21 @@ def _as_asked(scan: Callable[..., Array]) -> Callable[..., linalg.DampedInverse]
     return lambda gradients, damping: linalg.DampedInverse(scan(gradients, damping), jnp.asarray(damping))
 
 
-ENGINES = {
+ROW_ENGINES = {  # primal is not here: it goes through the sums
     "scan": _as_asked(linalg.woodbury_scan),
     "rank_k": _as_asked(linalg.woodbury_scan_rank_k),
-    "primal": linalg.primal_inverse,
     "dual": linalg.dual_inverse,
 }
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["inverse", "damping"], meta_fields=["layout"])
+@partial(jax.tree_util.register_dataclass, data_fields=["inverse", "damping", "raised"], meta_fields=["layout"])
 @dataclass(frozen=True)
 class BlockFisher(Blocked):
-    """Inverse Fisher blocks `[nb, b, b]`. Made by `block_fisher`."""
+    """Inverse Fisher blocks `[nb, b, b]`. Made by `block_fisher`, or `BlockSums.finalize`."""
 
     inverse: Float[Array, "nb b b"]
     damping: Float[Array, " nb"]  # as used: raised where a factor failed
+    raised: Int[Array, ""]  # blocks where it was raised
 
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
         """Read the diagonals."""
@@ -53,7 +64,7 @@ class BlockFisher(Blocked):
 
     def block_matvec(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
         """Solve with the inverse: `b³/3` flops a block."""
-        return jax.vmap(linalg.solve_cholesky)(self.inverse, blocks)
+        return self._map(linalg.solve_cholesky, blocks)
 
     def block_compensate(
         self,
@@ -62,14 +73,104 @@ class BlockFisher(Blocked):
         gradient: Float[Array, "nb b"] | None,
     ) -> Float[Array, "nb b"]:
         """`b³/3` flops a block."""
-        return jax.vmap(linalg.joint_step_inverse)(self.inverse, weights, kept, gradient)
+        return self._map(linalg.joint_step_inverse, weights, kept, gradient)
+
+    def _map(self, function: Callable[..., Array], *per_block: Array | None) -> Float[Array, "nb b"]:
+        return lax.map(
+            lambda block: function(*block),
+            (self.inverse, *per_block),
+            batch_size=blocks_at_once(12 * self.inverse[0].size),
+        )
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["sums", "count"], meta_fields=["layout"])
+@dataclass(frozen=True)
+class BlockSums(Accumulator):
+    """Sums of outer products `Σ g gᵀ`, block by block: `[nb, b, b]`."""
+
+    sums: Float[Array, "nb b b"]
+
+    @classmethod
+    def init(cls, params: Params, *, block_size: int = 128, select: Select = is_kernel, batch_axes: int = 0) -> Self:
+        """The state before any data.
+
+        Args:
+            params: Arrays or `jax.ShapeDtypeStruct`s; only shapes and dtypes are read.
+            block_size: As in `block_fisher`.
+            select: As in `block_fisher`.
+            batch_axes: As in `block_fisher`.
+
+        Returns:
+            Zeros.
+
+        Raises:
+            ValueError: As `make_layout`.
+
+        Cost:
+            Memory `nb·b²`.
+
+        Example:
+            >>> import jax.numpy as jnp, woodjax as wj
+            >>> monday = wj.BlockSums.init(jnp.ones((1, 2))).add(jnp.array([[[1.0, 0.0]]]))
+            >>> tuesday = wj.BlockSums.init(jnp.ones((1, 2))).add(jnp.array([[[0.0, 1.0]]]))
+            >>> monday.merge(tuesday).finalize(0.5).inverse_diagonal().tolist()
+            [[1.0, 1.0]]
+        """
+        return cls.empty(make_layout(params, block_size=block_size, select=select, batch_axes=batch_axes))
+
+    @classmethod
+    def empty(cls, layout: Layout) -> Self:
+        """The state before any data, of a layout that is there already."""
+        b = layout.block_size
+        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros((layout.num_blocks, b, b)))
+
+    def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
+        """`2kb²` flops a block."""
+        rows, new = only_fresh(rows, fresh)
+        sums = map_blocks(lambda g, total: total + linalg.contract("mi,mj->ij", g, g), rows, self.sums)
+        return replace(self, sums=sums, count=self.count + new)
+
+    def _merged(self, other: Self) -> Self:
+        return replace(self, sums=self.sums + other.sums, count=self.count + other.count)
+
+    def finalize(self, damping: Damping = ONE_PERCENT, *, held_out: Self | None = None) -> BlockFisher:
+        """Invert, block by block.
+
+        Args:
+            damping: As in `block_fisher`.
+            held_out: For `damping="auto"`, and only then: sums of other examples, on which the damping is
+                chosen. They are merged into the result.
+
+        Returns:
+            A curvature.
+
+        Raises:
+            ValueError: Bad damping; `"auto"` without held-out sums; no row added yet.
+
+        Cost:
+            `2b³` flops a block, and about `10b³` for `"auto"`; memory `nb·b²`.
+        """
+        check_finalize(self, damping, held_out)
+        whole = self if held_out is None else self.merge(held_out)
+        fisher = whole.sums / whole.count
+        other = self if held_out is None else held_out
+        number = resolve_damping(
+            damping,
+            lambda: jnp.diagonal(fisher, axis1=1, axis2=2),
+            lambda live: spectrum_of_sums(self.sums / self.count, other.sums / other.count, live),
+        )
+        b = self.layout.block_size
+        inverse = lax.map(
+            lambda block: linalg.fisher_inverse(block, number), fisher, batch_size=blocks_at_once(16 * b * b)
+        )
+        return _make(self.layout, inverse, number)
 
 
 def block_fisher(
-    gradients: Gradients,
+    gradients: Gradients | GradientStream,
     *,
     block_size: int = 128,
-    damping: Float[Array, ""] | float = 1e-5,
+    damping: Damping = ONE_PERCENT,
     engine: Engine = "auto",
     select: Select = is_kernel,
     batch_axes: int = 0,
@@ -77,16 +178,17 @@ def block_fisher(
     """Inverse empirical Fisher, block by block.
 
     Args:
-        gradients: Per-example gradients, leaves `[m, *leaf.shape]`.
+        gradients: Per-example gradients, leaves `[m, *leaf.shape]`, or a stream of them, which is
+            summed up (engine `"primal"`) and never held.
         block_size: Coordinates in a block `b`, clipped to the largest layer. Blocks are
             contiguous in the row-major flattened leaf and do not cross leaves.
-        damping: `λ > 0`, in units of squared gradients, not divided by `m`. Where it is too
-            small for the precision at hand the engines with a Cholesky factor raise it by tens:
-            see the result's `damping`.
+        damping: `λ`, not divided by `m`: a positive number in units of squared gradients,
+            `Relative(alpha)`, or `"auto"`; see `woodjax.curvature.damping`. Where it is too small for the
+            precision at hand the engines with a Cholesky factor raise it by tens: see the result's
+            `damping` and `raised`.
         engine: How the inverse is made: `"scan"` (the paper's rank-1 recursion), `"rank_k"`,
             `"primal"` (Cholesky of the block), `"dual"` (Cholesky of the Gram matrix), or
-            `"auto"`: primal if `m >= b`, else dual. All give the same matrix up to rounding, which
-            is best for `"primal"` where gradients are large against the damping.
+            `"auto"`: primal if `m >= b`, else dual. All give the same matrix up to rounding.
         select: Which leaves are prunable, asked as `select(path, leaf)`.
         batch_axes: Leading axes that stack layers; no block straddles two layers.
 
@@ -94,11 +196,11 @@ def block_fisher(
         A curvature.
 
     Raises:
-        ValueError: Unknown engine; damping not positive; gradients of unequal length; a selected
-            leaf that is empty or not floating; `block_size < 1`.
+        ValueError: Unknown engine, or one that cannot stream; damping not positive; gradients of unequal
+            length; a selected leaf that is empty or not floating; `block_size < 1`.
 
     Cost:
-        Memory `nb·b² + m·nb·b`; flops per block as in `woodjax.linalg`.
+        Memory `2nb·b²`, and `m·nb·b` for held gradients; flops per block as in `woodjax.linalg`.
 
     References:
         Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340), equations 5 and 6.
@@ -109,10 +211,23 @@ def block_fisher(
         >>> fisher.inverse_diagonal()["w"].round(3).tolist()  # 1 / (1 + g²)
         [[0.5, 0.10000000149011612]]
     """
-    layout, blocks = gradient_blocks(gradients, damping, block_size=block_size, select=select, batch_axes=batch_axes)
+    check_damping(damping)
+    if engine not in ("auto", "primal", *ROW_ENGINES):
+        raise ValueError(f"engine is {engine!r}: choose one of {['auto', 'primal', *ROW_ENGINES]}.")
+    streamed = isinstance(gradients, GradientStream)
+    layout = layout_of(gradients, block_size=block_size, select=select, batch_axes=batch_axes)
+    m = gradients.num_rows if streamed else jax.tree.leaves(gradients)[0].shape[0]
     if engine == "auto":
-        engine = "primal" if blocks.shape[0] >= layout.block_size else "dual"
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}: choose one of {['auto', *ENGINES]}.")
-    inverse, used = jax.vmap(ENGINES[engine], in_axes=(1, None))(blocks, damping)
-    return BlockFisher(layout, inverse, used)
+        engine = "primal" if streamed or m >= layout.block_size else "dual"
+    if engine == "primal":
+        return sum_up(gradients, BlockSums.empty(layout), damping)
+    if streamed:
+        raise ValueError(f"engine {engine!r} needs the gradients themselves: pass stream.collect(), or 'primal'.")
+    rows = layout.to_blocks(gradients)
+    asked = damping_of_rows(rows, damping)
+    return _make(layout, map_blocks(lambda g: ROW_ENGINES[engine](g, asked), rows), asked)
+
+
+def _make(layout: Layout, result: linalg.DampedInverse, asked: Float[Array, ""] | float) -> BlockFisher:
+    raised = jnp.sum(result.damping > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
+    return BlockFisher(layout, result.inverse, result.damping, raised)

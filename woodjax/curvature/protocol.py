@@ -4,8 +4,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
 from woodjax.tree import check_like
@@ -24,6 +23,11 @@ class Curvature(Protocol):
     @property
     def damping(self) -> Float[Array, "..."]:
         """`λ` as used, one or one for each block: at least what was asked for."""
+        ...
+
+    @property
+    def raised(self) -> Int[Array, ""]:
+        """Number of blocks whose damping had to be raised above what was asked for."""
         ...
 
     def inverse_diagonal(self) -> Params:
@@ -79,21 +83,3 @@ def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Para
 def _inner(x: Params, y: Params) -> Float[Array, ""]:
     products = jax.tree.map(lambda a, b: linalg.contract("i,i->", jnp.ravel(a), jnp.ravel(b)), x, y)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
-
-
-def check_damping(damping: Float[Array, ""] | float) -> None:
-    """Raise unless the damping is positive, or not known before the program runs.
-
-    Args:
-        damping: `λ`.
-
-    Raises:
-        ValueError: `damping` is zero, negative, not finite or not a scalar.
-    """
-    if jnp.ndim(damping) != 0:
-        raise ValueError(f"damping has shape {jnp.shape(damping)}: pass one positive number.")
-    if not isinstance(damping, jax.core.Tracer) and not 0 < np.float32(damping) < np.inf:
-        raise ValueError(
-            f"damping is {float(damping)}: it must be positive and finite, the Fisher of fewer examples than "
-            "weights is singular without it. 1e-5 to 1e-3 of the mean squared gradient is usual."
-        )

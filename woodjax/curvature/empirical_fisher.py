@@ -1,0 +1,221 @@
+"""One call for every way to the empirical Fisher: which engine, how much memory, and whether it fits.
+
+| engine | curvature | holds | chosen |
+|---|---|---|---|
+| `"scan"`, `"rank_k"`, `"dual"` | `BlockFisher` | gradients and inverse blocks | `"dual"` for `b/4 < m < b` |
+| `"primal"` | `BlockFisher` | sums and inverse blocks | `m ≥ b` |
+| `"factored"` | `LowRankFisher` | gradients, an `m × m` factor a block | `m ≤ b/4`, and the whole network |
+| `"streamed"` | `StreamedFisher` | a window of columns, an `m × m` factor | the whole network in little memory |
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from woodjax import linalg
+from woodjax.curvature.block_fisher import BlockSums, block_fisher
+from woodjax.curvature.damping import ONE_PERCENT, Damping
+from woodjax.curvature.low_rank_fisher import GradientRows, low_rank_fisher
+from woodjax.curvature.protocol import Curvature
+from woodjax.curvature.streamed_fisher import streamed_fisher
+from woodjax.curvature.sums import add_microbatch, layout_of
+from woodjax.stream import GradientStream
+from woodjax.tree import Layout, is_kernel
+from woodjax.typing import Gradients, Select
+
+Engine = Literal["auto", "scan", "rank_k", "primal", "dual", "factored", "streamed"]
+FACTORED_BELOW = 0.25  # rows to block size: below it the diagonal and products cost less than the inverse
+
+
+class Estimate(NamedTuple):
+    """What an engine takes to build a curvature and to answer its questions once."""
+
+    engine: Engine
+    peak_bytes: int  # beside what is passed in
+    result_bytes: int  # what the curvature holds
+    flops: float  # of the linear algebra: build, diagonal and one product
+    passes: int  # over the examples: backward passes of the whole batch
+    window_size: int = 0  # columns held at once where gradients are streamed, else 0
+
+
+def estimate(
+    gradients: Gradients | GradientStream,
+    *,
+    block_size: int | None = None,
+    engine: Engine = "auto",
+    memory_budget: int | None = None,
+    select: Select = is_kernel,
+    batch_axes: int = 0,
+) -> Estimate:
+    """Memory and flops of `empirical_fisher` with the same arguments, before anything runs.
+
+    For a stream the step over a micro-batch is compiled, and its memory read off; nothing is computed.
+
+    Args:
+        gradients: Leaves `[m, *leaf.shape]`, or shapes of them, or a stream.
+        block_size: Coordinates in a block; None for the whole network.
+        engine: As in `empirical_fisher`.
+        memory_budget: As in `empirical_fisher`.
+        select: Which leaves are prunable.
+        batch_axes: Leading axes that stack layers.
+
+    Returns:
+        An estimate.
+
+    Raises:
+        ValueError: As `empirical_fisher`, also where nothing fits the budget.
+
+    Cost:
+        Compilation of one micro-batch for a stream.
+
+    Example:
+        >>> import jax, woodjax as wj
+        >>> gradients = {"w": jax.ShapeDtypeStruct((1000, 512, 512), "float32")}  # one gigabyte
+        >>> wj.estimate(gradients).engine, round(wj.estimate(gradients).peak_bytes / 1e9, 1)
+        ('factored', 1.1)
+    """
+    layout = layout_of(gradients, block_size=block_size, select=select, batch_axes=batch_axes)
+    streamed = isinstance(gradients, GradientStream)
+    m = gradients.num_rows if streamed else jnp.shape(jax.tree.leaves(gradients)[0])[0]
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine is {engine!r}: choose one of {list(get_args(Engine))}.")
+    chosen = _engine(layout, m) if engine == "auto" else engine
+    if chosen == "streamed" and not (streamed and layout.whole):
+        raise ValueError(
+            "engine 'streamed' needs a stream of gradients and the whole network: pass "
+            "woodjax.stream_gradients(...) and block_size=None."
+        )
+    plan = _plan(chosen, layout, m, gradients)
+    if memory_budget is None or plan.peak_bytes <= memory_budget:
+        return plan
+    if engine == "auto" and streamed and layout.whole:
+        plan = _fitting_window(layout, m, gradients, memory_budget)
+        if plan.peak_bytes <= memory_budget:
+            return plan
+    raise ValueError(
+        f"The {plan.engine} engine needs {_size(plan.peak_bytes)} for {m} rows of {layout.num_weights} weights, the "
+        f"budget is {_size(memory_budget)}: {_advice(plan, layout, m, streamed)}"
+    )
+
+
+def empirical_fisher(
+    gradients: Gradients | GradientStream,
+    *,
+    block_size: int | None = None,
+    damping: Damping = ONE_PERCENT,
+    engine: Engine = "auto",
+    memory_budget: int | None = None,
+    select: Select = is_kernel,
+    batch_axes: int = 0,
+) -> Curvature:
+    """Empirical Fisher, by the engine that suits the number of examples, the blocks and the memory.
+
+    Args:
+        gradients: Leaves `[m, *leaf.shape]`, or a stream of them, which can be cut to fit a budget.
+        block_size: Coordinates in a block `b`; None for the whole network as one block.
+        damping: As in `low_rank_fisher`.
+        engine: One of the table above, or `"auto"`.
+        memory_budget: Bytes beside what is passed in; None for no limit.
+        select: Which leaves are prunable, asked as `select(path, leaf)`.
+        batch_axes: Leading axes that stack layers.
+
+    Returns:
+        A curvature; all engines stand for the same matrix, up to rounding.
+
+    Raises:
+        ValueError: Unknown engine, or one that cannot do this; a budget that nothing fits, with advice.
+
+    Cost:
+        See `estimate`.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> fisher = wj.empirical_fisher({"w": jnp.array([[[1.0, 0.0]]])}, damping=1.0)
+        >>> type(fisher).__name__, fisher.inverse_diagonal()["w"].tolist()
+        ('LowRankFisher', [[0.5, 1.0]])
+    """
+    options = {"select": select, "batch_axes": batch_axes, "damping": damping}
+    plan = estimate(
+        gradients,
+        block_size=block_size,
+        engine=engine,
+        memory_budget=memory_budget,
+        select=select,
+        batch_axes=batch_axes,
+    )
+    if plan.engine == "streamed":
+        return streamed_fisher(gradients, window_size=plan.window_size, **options)
+    if plan.engine == "factored":
+        return low_rank_fisher(gradients, block_size=block_size, **options)
+    held = isinstance(gradients, GradientStream) and plan.engine != "primal"
+    rows = gradients.collect() if held else gradients
+    whole = layout_of(gradients, block_size=None, select=select, batch_axes=batch_axes).num_weights
+    return block_fisher(rows, block_size=block_size or whole, engine=plan.engine, **options)
+
+
+def _engine(layout: Layout, m: int) -> Engine:
+    b = layout.block_size
+    if layout.whole or m <= FACTORED_BELOW * b:
+        return "factored"
+    return "primal" if m >= b else "dual"
+
+
+def _plan(
+    engine: Engine, layout: Layout, m: int, gradients: Gradients | GradientStream, window_size: int = 0
+) -> Estimate:
+    # float32 arrays that live at the same time, and a micro-batch of gradients where they are streamed.
+    nb, b = layout.num_blocks, layout.block_size
+    d, rows, inverse = nb * b, 4 * m * nb * b, 4 * nb * b * b
+    step = _step_bytes(gradients, layout, engine) if isinstance(gradients, GradientStream) else 0
+    dual = 4 * (5 * nb * m * m + 6 * d)  # Gram matrix, factor and its inverse; vectors
+    products = 4 * m * d
+    if engine == "streamed":
+        width = window_size or layout.num_weights
+        window = 4 * m * width
+        work = max(dual + 8 * m * min(width, linalg.COLUMN_WINDOW), step)
+        return Estimate(
+            engine, window + work, 4 * m * m, 2.25 * m * m * d + 2 * m**3 / 3 + products, 2 * -(-d // width) + 2, width
+        )
+    if engine == "factored":
+        work = max(dual + 8 * m * min(b, linalg.COLUMN_WINDOW), step)
+        flops = 2.25 * m * m * d + nb * 2 * m**3 / 3 + products
+        return Estimate(engine, rows + work, rows + 4 * nb * m * m, flops, 1)
+    if engine == "primal":
+        work = max(2 * inverse, step if step else rows)
+        return Estimate(engine, inverse + work, inverse, 2 * m * d * b + 2 * d * b * b, 1)
+    flops = 3 * m * m * d + nb * 2 * m**3 / 3 + 2 * m * d * b if engine == "dual" else 4 * m * d * b
+    return Estimate(engine, (2 if step else 1) * rows + 2 * inverse, inverse, flops, 1)
+
+
+def _step_bytes(stream: GradientStream, layout: Layout, engine: Engine) -> int:
+    if engine == "primal":
+        state = jax.eval_shape(lambda: (BlockSums.empty(layout),))
+    else:  # whatever is kept of the rows, a step computes them first
+        state = jax.eval_shape(lambda: (GradientRows.empty(layout, stream.num_rows),))
+    return stream.step_bytes(add_microbatch, state)
+
+
+def _fitting_window(layout: Layout, m: int, stream: GradientStream, budget: int) -> Estimate:
+    widest = _plan("streamed", layout, m, stream)
+    column = 4 * m
+    spare = budget - (widest.peak_bytes - column * layout.num_weights)
+    return _plan("streamed", layout, m, stream, min(layout.num_weights, max(1, spare // column)))
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB"
+
+
+def _advice(plan: Estimate, layout: Layout, m: int, streamed: bool) -> str:
+    if plan.engine == "streamed":
+        return "even one column of gradients does not fit. Take fewer examples, or a smaller microbatch_size."
+    if plan.engine == "factored":
+        smaller = "pass a stream of gradients (woodjax.stream_gradients)"
+        if streamed:
+            smaller = "leave the engine to 'auto' and block_size to None, which streams"
+        return f"{smaller}, or take fewer examples."
+    fewer = "take a smaller block_size, or fewer examples"
+    if m < layout.block_size:
+        fewer += ", or engine='factored', which holds no inverse"
+    return f"{fewer}."

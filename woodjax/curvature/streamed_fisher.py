@@ -1,0 +1,188 @@
+"""Empirical Fisher of the whole network whose gradients are never held: computed again when asked for.
+
+The same mathematics as `LowRankFisher`. What needs columns of `G` (the Gram matrix, the diagonal) takes
+a window of columns `[m, w]` at a time, every window one pass over the examples. What needs products
+with `G` needs no gradients of single examples at all: `Gv` is forward mode, `Gᵀu` is one ordinary
+gradient of a weighted loss.
+
+Memory: `m·w + m²` and one micro-batch. Time: `d/w` passes over the examples for the Gram matrix, for the
+diagonal and for a joint update; one pass for a product.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from woodjax import linalg
+from woodjax.curvature.damping import (
+    ONE_PERCENT,
+    Damping,
+    check_damping,
+    check_halves,
+    resolve_damping,
+    spectrum_of_grams,
+)
+from woodjax.curvature.diagonal_fisher import DiagonalSums
+from woodjax.curvature.sums import accumulate, layout_of
+from woodjax.stream import GradientStream
+from woodjax.tree import Layout, is_kernel
+from woodjax.typing import Gradients, Masks, Params, Select, Updates
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["stream", "whitener", "raised"],
+    meta_fields=["layout", "window_size"],
+)
+@dataclass(frozen=True)
+class StreamedFisher:
+    """A stream of gradients and the inverse factor of their damped Gram matrix. Made by `streamed_fisher`."""
+
+    layout: Layout
+    window_size: int  # columns w held at once
+    stream: GradientStream
+    whitener: linalg.Whitener
+    raised: Int[Array, ""]  # 1 if the damping was raised
+
+    @property
+    def damping(self) -> Float[Array, ""]:
+        """`λ` as used: raised where the factor failed."""
+        return self.whitener.damping
+
+    def inverse_diagonal(self) -> Params:
+        """`[H⁻¹]_qq`; 0 on leaves that are not prunable. `d/w` passes."""
+        diagonal = jnp.zeros(self.layout.num_weights)
+        for start in range(0, self.layout.num_weights, self.window_size):
+            columns, first, _ = _window(self.stream, self.layout, start, self.window_size)
+            diagonal = lax.dynamic_update_slice_in_dim(
+                diagonal, linalg.window_inverse_diagonal(columns, self.whitener), first, 0
+            )
+        return self._tree(jnp.where(diagonal > 0, diagonal, jnp.nan))
+
+    def solve(self, tree: Params) -> Params:
+        """`H⁻¹v`; 0 on leaves that are not prunable. One forward and one backward pass."""
+        vector = self._selected(tree)
+        dual = linalg.solve_whitened(self.whitener, self.stream.products(vector))
+        back = self._selected(self.stream.combine(dual))
+        return jax.tree.map(lambda v, b: (v - b) / self.damping, vector, back)
+
+    def matvec(self, tree: Params) -> Params:
+        """`Hv`; 0 on leaves that are not prunable. One forward and one backward pass."""
+        vector = self._selected(tree)
+        back = self._selected(self.stream.combine(self.stream.products(vector)))
+        return jax.tree.map(lambda v, b: self.damping * v + b / self.stream.num_rows, vector, back)
+
+    def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
+        """Minimiser of `ḡᵀδ + ½δᵀHδ` with `δ_Q = −w_Q`: `d/w` passes for the Gram matrix, two more for the step."""
+        kept = self.layout.to_blocks(masks)[0]
+        whitener = linalg.whiten(_gram(self.stream, self.layout, self.window_size, kept), self.damping)
+        weights, survivors = self.layout.to_blocks(params)[0], None
+        residual = self.stream.products(self._tree(jnp.where(kept, 0, weights)))
+        if gradient is not None:
+            survivors = jnp.where(kept, self.layout.to_blocks(gradient)[0], 0) / whitener.damping
+            residual += self.stream.products(self._tree(survivors))
+        step = self.layout.to_blocks(self.stream.combine(linalg.solve_whitened(whitener, residual)))[0]
+        if survivors is not None:
+            step -= survivors
+        return self._tree(jnp.where(kept, step, -weights))
+
+    def _selected(self, tree: Params) -> Params:
+        return self._tree(self.layout.to_blocks(tree)[0])
+
+    def _tree(self, flat: Float[Array, " d"]) -> Params:
+        return self.layout.to_tree(flat[None], fill=0)
+
+
+def streamed_fisher(
+    stream: GradientStream,
+    *,
+    window_size: int,
+    damping: Damping = ONE_PERCENT,
+    select: Select = is_kernel,
+    batch_axes: int = 0,
+) -> StreamedFisher:
+    """Empirical Fisher of the whole network in little memory: the gradients are computed again when asked for.
+
+    Args:
+        stream: Rows of gradients.
+        window_size: Columns `w` of `G` held at once, clipped to `d`. Every question that needs columns takes
+            `d/w` passes over the examples; the answers are those of `low_rank_fisher`.
+        damping: As in `low_rank_fisher`.
+        select: Which leaves are prunable, asked as `select(path, leaf)`.
+        batch_axes: Leading axes that stack layers.
+
+    Returns:
+        A curvature.
+
+    Raises:
+        ValueError: Bad damping; `window_size < 1`; a selected leaf that is empty or not floating.
+
+    Cost:
+        Memory `m·w + 3m²` and one micro-batch of gradients; `d/w` passes over the examples and about
+        `m²d + 2m³/3` flops.
+
+    References:
+        The dual form of Frantar et al., M-FAC, 2021 (arXiv 2107.03356), with recomputed gradients.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> loss = lambda w, x: 0.5 * (w @ x).sum() ** 2
+        >>> stream = wj.stream_gradients(loss, jnp.ones((1, 2)), jnp.array([[1.0, 0.0]]))
+        >>> wj.streamed_fisher(stream, window_size=1, damping=1.0).inverse_diagonal().tolist()
+        [[0.5, 1.0]]
+    """
+    check_damping(damping)
+    if window_size < 1:
+        raise ValueError(f"window_size is {window_size}: pass at least 1 column.")
+    layout = layout_of(stream, block_size=None, select=select, batch_axes=batch_axes)
+    width = min(window_size, layout.num_weights)
+    if isinstance(damping, str):
+        check_halves(stream.num_rows)
+    matrix = _gram(stream, layout, width, None)
+
+    def squares() -> Float[Array, "1 d"]:
+        (sums,) = accumulate(stream, (DiagonalSums.empty(layout),))
+        return sums.squares / sums.count
+
+    asked = resolve_damping(damping, squares, lambda live: spectrum_of_grams(matrix[None], live))
+    whitener = linalg.whiten(matrix, asked)
+    return StreamedFisher(layout, width, stream, whitener, jnp.asarray(whitener.damping > 1.5 * asked, jnp.int32))
+
+
+def _gram(stream: GradientStream, layout: Layout, width: int, kept: Bool[Array, " d"] | None) -> Float[Array, "m m"]:
+    total = jnp.zeros((stream.num_rows, stream.num_rows))
+    for start in range(0, layout.num_weights, width):
+        columns, first, fresh = _window(stream, layout, start, width)
+        if kept is not None:
+            fresh &= lax.dynamic_slice_in_dim(kept, first, width)
+        total += linalg.gram(columns, fresh)
+    return total
+
+
+def _window(
+    stream: GradientStream, layout: Layout, start: int, width: int
+) -> tuple[Float[Array, "m w"], int, Bool[Array, " w"]]:
+    """Columns of `G`, the first of them, and which come after `start`: the last window overlaps the one before."""
+    first = min(start, layout.num_weights - width)
+    empty = jnp.zeros((stream.num_rows, width)), jnp.asarray(first)
+    columns, _ = stream.fold(_FillWindow(layout), empty)
+    return columns, first, first + jnp.arange(width) >= start
+
+
+@dataclass(frozen=True)
+class _FillWindow:
+    """Writes the window's columns of a micro-batch of gradients."""
+
+    layout: Layout
+
+    def __call__(
+        self, state: tuple[Array, Array], gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]
+    ) -> tuple[Array, Array]:
+        columns, start = state
+        rows = self.layout.to_blocks(gradients)[:, 0]
+        wanted = lax.dynamic_slice_in_dim(rows, start, columns.shape[1], axis=1)
+        return lax.dynamic_update_slice_in_dim(columns, wanted, first, 0), start

@@ -1,0 +1,206 @@
+"""The additive life of a Fisher: while data arrive it is a state that can be added to, merged and saved.
+
+`init → add → merge → finalize(damping)`. A state is a pytree of arrays: `jit` it, save it by Orbax,
+merge states of other runs, devices and days. One state serves any damping, sparsity, pattern and
+budget afterwards, without new gradients.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from woodjax.curvature.damping import Damping, check_damping
+from woodjax.curvature.protocol import Curvature
+from woodjax.stream import GradientStream
+from woodjax.tree import Layout, make_layout
+from woodjax.typing import Gradients, Select
+
+
+@dataclass(frozen=True)
+class Accumulator(abc.ABC):
+    """A state that rows of gradients are added to."""
+
+    layout: Layout
+    count: Int[Array, ""]  # rows added so far, m
+
+    @abc.abstractmethod
+    def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
+        """The state with those of the rows added that are fresh; None for all."""
+
+    @abc.abstractmethod
+    def finalize(self, damping: Damping = ..., *, held_out: Any = None) -> Curvature:
+        """Factor once, into a curvature."""
+
+    @abc.abstractmethod
+    def _merged(self, other: Any) -> Self:
+        """The state of the rows of both."""
+
+    def add(self, gradients: Gradients) -> Self:
+        """The state with more rows; this one stays as it is.
+
+        Args:
+            gradients: Leaves `[k, *leaf.shape]`, as `per_example_gradients` returns them.
+
+        Returns:
+            The new state.
+
+        Raises:
+            ValueError: A leaf that does not have the shape of the parameters that the state was made for.
+        """
+        return self.add_rows(self.layout.to_blocks(gradients))
+
+    def merge(self, other: Self) -> Self:
+        """The state of the rows of both, as if all had been added to one.
+
+        Args:
+            other: A state made with the same parameters and options.
+
+        Returns:
+            The new state.
+
+        Raises:
+            ValueError: The two are of another kind or layout.
+        """
+        if type(self) is not type(other) or self.layout != other.layout:
+            raise ValueError(
+                f"{type(self).__name__} with blocks of {self.layout.block_size} of {self.layout.num_weights} weights "
+                f"cannot be merged with {type(other).__name__} with blocks of {other.layout.block_size} of "
+                f"{other.layout.num_weights}: make both by init with the same parameters and options."
+            )
+        return self._merged(other)
+
+
+S = TypeVar("S", bound=Accumulator)
+
+
+def layout_of(
+    gradients: Gradients | GradientStream, *, block_size: int | None, select: Select, batch_axes: int
+) -> Layout:
+    """Layout of the parameters that some gradients belong to.
+
+    Args:
+        gradients: Leaves `[m, *leaf.shape]`, or a stream.
+        block_size: As in `make_layout`.
+        select: As in `make_layout`.
+        batch_axes: As in `make_layout`.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: As `make_layout`; leaves without an example axis, or that disagree on the number of
+            examples, or no example at all.
+    """
+    if isinstance(gradients, GradientStream):
+        return make_layout(gradients.params, block_size=block_size, select=select, batch_axes=batch_axes)
+    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(gradients)}
+    if len(counts) != 1 or () in counts or (0,) in counts:
+        raise ValueError(
+            f"Gradient leaves have leading sizes {sorted(counts)}: every leaf must be [m, *leaf.shape] with the "
+            "same m >= 1, as woodjax.per_example_gradients returns them."
+        )
+    shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(jnp.shape(g)[1:], jnp.result_type(g)), gradients)
+    return make_layout(shapes, block_size=block_size, select=select, batch_axes=batch_axes)
+
+
+def sum_up(gradients: Gradients | GradientStream, empty: S, damping: Damping) -> Any:
+    """Add all rows and finalise; for `"auto"` the even rows are known and the odd ones held out.
+
+    Args:
+        gradients: Leaves `[m, *leaf.shape]`, or a stream, of which a micro-batch is in work at a time.
+        empty: The state before any data.
+        damping: As asked.
+
+    Returns:
+        A curvature.
+
+    Raises:
+        ValueError: As `finalize`.
+    """
+    copies = 2 if isinstance(damping, str) else 1
+    states = accumulate(gradients, tuple(jax.tree.map(jnp.copy, empty) for _ in range(copies)))
+    return states[0].finalize(damping, held_out=states[1] if copies == 2 else None)
+
+
+def accumulate(gradients: Gradients | GradientStream, states: tuple[S, ...]) -> tuple[S, ...]:
+    """Add all rows, in turn, to the states.
+
+    Args:
+        gradients: Leaves `[m, *leaf.shape]`, or a stream, of which a micro-batch is in work at a time.
+        states: One for all rows, or two for the even and the odd ones; taken over by a stream.
+
+    Returns:
+        The new states.
+    """
+    if isinstance(gradients, GradientStream):
+        return gradients.fold(add_microbatch, states)
+    rows = states[0].layout.to_blocks(gradients)
+    if len(states) == 1:
+        return (states[0].add_rows(rows),)
+    return _in_turn(states, rows, jnp.arange(rows.shape[0]), jnp.ones(rows.shape[0], bool))
+
+
+def add_microbatch(
+    states: tuple[S, ...], gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]
+) -> tuple[S, ...]:
+    """One step of the fold that `accumulate` makes of a stream.
+
+    Args:
+        states: As in `accumulate`.
+        gradients: Leaves `[k, *leaf.shape]`.
+        first: Number of the first row.
+        fresh: Rows that were not seen before.
+
+    Returns:
+        The new states.
+    """
+    rows = states[0].layout.to_blocks(gradients)
+    return _in_turn(states, rows, first + jnp.arange(fresh.shape[0]), fresh)
+
+
+def _in_turn(states: tuple[S, ...], rows: Array, numbers: Int[Array, " k"], fresh: Bool[Array, " k"]) -> tuple[S, ...]:
+    turns = numbers % len(states)
+    return tuple(state.add_rows(rows, fresh & (turns == i)) for i, state in enumerate(states))
+
+
+def check_finalize(state: S, damping: Damping, held_out: S | None) -> None:
+    """Raise unless a state of sums can be finalised.
+
+    Args:
+        state: The sums.
+        damping: As asked.
+        held_out: Sums of other examples.
+
+    Raises:
+        ValueError: No row added yet; bad damping; `"auto"` without held-out sums, or these without it.
+    """
+    check_damping(damping)
+    if (damping == "auto") != (held_out is not None):
+        raise ValueError(
+            f"damping is {damping!r} and held_out {'is not given' if held_out is None else 'is given'}: "
+            'damping="auto" is chosen on the sums of other examples, pass them as held_out with it alone.'
+        )
+    for name, sums in (("state", state), ("held-out state", held_out)):
+        if sums is not None and not isinstance(sums.count, jax.core.Tracer) and sums.count == 0:
+            raise ValueError(f'The {name} has no rows yet: add gradients first; damping="auto" needs at least two.')
+
+
+def only_fresh(
+    rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None
+) -> tuple[Float[Array, "k nb b"], Int[Array, ""] | int]:
+    """Rows that count, the others zero, and how many they are.
+
+    Args:
+        rows: Rows of gradients.
+        fresh: Which of them count; None for all, which are not copied.
+
+    Returns:
+        Rows, and their number.
+    """
+    if fresh is None:
+        return rows, rows.shape[0]
+    return jnp.where(fresh[:, None, None], rows, 0), jnp.sum(fresh, dtype=jnp.int32)

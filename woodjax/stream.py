@@ -1,0 +1,248 @@
+"""Per-example gradients that are computed when they are asked for, and never held all at once.
+
+A `GradientStream` stands for the rows `G [m, d]`. It answers in micro-batches:
+
+| method | gives | memory | passes over the examples |
+|---|---|---|---|
+| `fold` | anything that is built up row by row: sums of outer products, windows of columns | its result | 1 |
+| `products` | `Gv` by forward mode | `d` | 1 forward |
+| `combine` | `Gᵀu`, the gradient of `Σ uᵢ lossᵢ` | `d` | 1 |
+| `collect` | the rows themselves | `m·d` | 1 |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from woodjax.gradients import LossRow, batch_size, group_examples, per_example_gradients
+from woodjax.probe import check_loss
+from woodjax.tree import apply_masks, check_floating
+from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
+
+State = TypeVar("State")
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "batch", "masks"],
+    meta_fields=["loss_fn", "microbatch_size", "examples_per_gradient"],
+)
+@dataclass(frozen=True)
+class GradientStream:
+    """Rows of gradients, not computed yet. Made by `stream_gradients`."""
+
+    params: Params
+    batch: Batch  # [n, ...]
+    masks: Masks | None  # False: the coordinate is out of the problem
+    loss_fn: LossFn
+    microbatch_size: int
+    examples_per_gradient: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows `m`."""
+        return batch_size(self.batch) // self.examples_per_gradient
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows in a micro-batch."""
+        return min(self.microbatch_size, self.num_rows)
+
+    def collect(self) -> Gradients:
+        """All rows: a params-tree whose leaves are `[m, *leaf.shape]`."""
+        gradients = per_example_gradients(
+            self.loss_fn,
+            self.params,
+            self.batch,
+            microbatch_size=self.microbatch_size,
+            examples_per_gradient=self.examples_per_gradient,
+            check=False,
+        )
+        return gradients if self.masks is None else apply_masks(gradients, self.masks)
+
+    def fold(self, step: Callable[[State, Gradients, Int[Array, ""], Bool[Array, " k"]], State], state: State) -> State:
+        """Build something up from the rows, a micro-batch at a time.
+
+        Args:
+            step: `step(state, gradients, first, fresh)`: leaves `[k, *leaf.shape]` are rows `first` to
+                `first + k`; those that are not `fresh` were seen before, in the last micro-batch. Pass the
+                same function again to reuse what was compiled.
+            state: What to begin with. Its memory is taken over: do not use it again.
+
+        Returns:
+            The last state.
+        """
+        rows, k = self._rows(), self.rows_at_once
+        for start in range(0, self.num_rows, k):
+            state = _fold_step(state, self.params, rows, self.masks, start, step=step, stream=self._static())
+        return state
+
+    def step_bytes(self, step: Callable[..., State], state: State) -> int:
+        """Memory that one step of a `fold` takes beside its arguments, as compiled: nothing is run.
+
+        Args:
+            step: As in `fold`.
+            state: What to begin with; `jax.ShapeDtypeStruct`s are enough.
+
+        Returns:
+            Bytes.
+
+        Raises:
+            ValueError: The backend does not tell.
+        """
+        lowered = _fold_step.lower(state, self.params, self._rows(), self.masks, 0, step=step, stream=self._static())
+        memory = lowered.compile().memory_analysis()
+        if memory is None:
+            raise ValueError("This backend does not say how much memory a program takes: leave memory_budget out.")
+        return memory.temp_size_in_bytes
+
+    def products(self, vector: Params) -> Float[Array, " m"]:
+        """`Gv`, the derivative of every row's loss along `v`.
+
+        Args:
+            vector: A params-tree `v`.
+
+        Returns:
+            `[m]`.
+        """
+        rows, k = self._rows(), self.rows_at_once
+        result = jnp.zeros(self.num_rows)
+        for start in range(0, self.num_rows, k):
+            result = _products_step(result, self.params, rows, self.masks, vector, start, stream=self._static())
+        return result
+
+    def combine(self, coefficients: Float[Array, " m"]) -> Params:
+        """`Gᵀu`, a combination of the rows.
+
+        Args:
+            coefficients: `u [m]`.
+
+        Returns:
+            A params-tree.
+        """
+        rows, k = self._rows(), self.rows_at_once
+        result = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
+        for start in range(0, self.num_rows, k):
+            result = _combine_step(result, self.params, rows, self.masks, coefficients, start, stream=self._static())
+        return result
+
+    def _rows(self) -> Batch:
+        return group_examples(self.batch, self.examples_per_gradient)
+
+    def _static(self) -> "_Static":
+        return _Static(LossRow(self.loss_fn, self.examples_per_gradient > 1), self.rows_at_once, self.num_rows)
+
+
+def stream_gradients(
+    loss_fn: LossFn,
+    params: Params,
+    batch: Batch,
+    *,
+    masks: Masks | None = None,
+    microbatch_size: int = 64,
+    examples_per_gradient: int = 1,
+    check: bool = True,
+) -> GradientStream:
+    """Per-example gradients for a curvature that does not need to hold them.
+
+    `block_fisher`, `diagonal_fisher` and `low_rank_fisher` take a stream wherever they take gradients.
+
+    Args:
+        loss_fn: `loss_fn(params, example) -> scalar` for one example, as in `per_example_gradients`.
+        params: A params-tree of floating leaves.
+        batch: Examples stacked along the first axis of every leaf, `[n, ...]`.
+        masks: False takes a coordinate out of the problem: its gradient is zero.
+        microbatch_size: Rows computed at once.
+        examples_per_gradient: Average this many consecutive examples into one row.
+        check: Look for dropout, train-mode batch normalisation and impure losses first.
+
+    Returns:
+        A stream; nothing is computed yet.
+
+    Raises:
+        ValueError: As `per_example_gradients`.
+
+    Cost:
+        None until it is used.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> loss = lambda w, x: 0.5 * (w * x).sum() ** 2
+        >>> wj.stream_gradients(loss, jnp.ones(1), jnp.array([[1.0], [3.0]])).products(jnp.ones(1)).tolist()
+        [1.0, 9.0]
+    """
+    check_floating(params)
+    group_examples(batch, examples_per_gradient)
+    if microbatch_size < 1:
+        raise ValueError(f"microbatch_size is {microbatch_size}: pass at least 1.")
+    try:
+        hash(loss_fn)
+    except TypeError as error:
+        raise ValueError("The loss cannot be hashed, which jit needs to know it again: pass a function.") from error
+    if check:
+        check_loss(loss_fn, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
+    return GradientStream(params, batch, masks, loss_fn, microbatch_size, examples_per_gradient)
+
+
+@dataclass(frozen=True)
+class _Static:
+    """What the compiled steps know of a stream."""
+
+    row: LossRow
+    rows_at_once: int
+    num_rows: int
+
+    def losses(self, params: Params, chunk: Batch) -> Float[Array, " k"]:
+        return jax.vmap(self.row.loss, in_axes=(None, 0))(params, chunk)
+
+    def take(self, rows: Any, start: Int[Array, ""] | int) -> tuple[Any, Array, Array]:
+        """Rows of a micro-batch, the first of them, and which were not seen before."""
+        first = jnp.minimum(start, self.num_rows - self.rows_at_once)  # the last one repeats rows of the one before
+        chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, self.rows_at_once), rows)
+        return chunk, first, first + jnp.arange(self.rows_at_once) >= start
+
+
+@partial(jax.jit, static_argnames=("step", "stream"), donate_argnums=0)
+def _fold_step(
+    state: Any, params: Params, rows: Batch, masks: Masks | None, start: int, *, step: Callable, stream: _Static
+) -> Any:
+    chunk, first, fresh = stream.take(rows, start)
+    gradients = jax.vmap(stream.row, in_axes=(None, 0))(params, chunk)
+    if masks is not None:
+        gradients = apply_masks(gradients, masks)
+    return step(state, gradients, first, fresh)
+
+
+@partial(jax.jit, static_argnames="stream", donate_argnums=0)
+def _products_step(
+    result: Array, params: Params, rows: Batch, masks: Masks | None, vector: Params, start: int, *, stream: _Static
+) -> Array:
+    chunk, first, _ = stream.take(rows, start)
+    along = vector if masks is None else apply_masks(vector, masks)
+    tangent = jax.tree.map(lambda v, w: v.astype(w.dtype), along, params)
+    _, slopes = jax.jvp(lambda p: stream.losses(p, chunk), (params,), (tangent,))
+    return lax.dynamic_update_slice_in_dim(result, slopes.astype(result.dtype), first, 0)
+
+
+@partial(jax.jit, static_argnames="stream", donate_argnums=0)
+def _combine_step(
+    result: Params,
+    params: Params,
+    rows: Batch,
+    masks: Masks | None,
+    coefficients: Array,
+    start: int,
+    *,
+    stream: _Static,
+) -> Params:
+    (chunk, weights), _, fresh = stream.take((rows, coefficients), start)
+    gradient = jax.grad(lambda p: jnp.dot(jnp.where(fresh, weights, 0), stream.losses(p, chunk)))(params)
+    if masks is not None:
+        gradient = apply_masks(gradient, masks)
+    return jax.tree.map(jnp.add, result, gradient)
