@@ -76,6 +76,8 @@ def test_the_same_seed_gives_the_same_weights(run, tmp_path):
         (["--method", "magic"], "Unknown method 'magic'"),
         (["--sparsity", "1.5"], "sparsity is 1.5"),
         (["--damping", "0"], "damping is 0.0"),
+        (["--damping", "0%"], "--damping is '0%'"),
+        (["--damping", "much"], "--damping is 'much'"),
         (["--stages", "1"], "stages is 1"),
         (["--epochs", "0"], "Need epochs >= 1"),
         (["--examples", "0"], "--examples and --microbatch-size"),

@@ -322,3 +322,30 @@ def test_exponential_keeps_a_constant_fraction_and_cubic_is_zhu_and_gupta():
     np.testing.assert_allclose(wj.stage_sparsities(0.8, 2, path="cubic"), [0.8 - 0.8 * 0.125, 0.8])
     with pytest.raises(ValueError, match="0 <= initial <= target <= 1"):
         wj.stage_sparsities(0.5, 2, initial=0.6)
+
+
+@pytest.mark.parametrize(
+    "curvature",
+    [BLOCKS, WHOLE, partial(wj.empirical_fisher, damping=1e-3, engine="streamed")],
+    ids=["blocks", "whole", "streamed"],
+)
+def test_a_stream_prunes_as_held_gradients_do(curvature):
+    loss_fn, params, _ = trained()
+    options = {"stages": 3, "microbatch_size": 24, "examples_per_stage": 40}
+    held = wj.prune_one_shot(
+        loss_fn, params, data(), 0.6, curvature=BLOCKS if curvature is BLOCKS else WHOLE, **options
+    )
+    ours = wj.prune_one_shot(loss_fn, params, data(), 0.6, curvature=curvature, stream=True, **options)
+    chex.assert_trees_all_equal(ours[1], held[1])
+    chex.assert_trees_all_close(ours[0], held[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(ours[2].predicted_loss_change, held[2].predicted_loss_change, rtol=1e-2)
+
+
+def test_raised_blocks_are_reported():
+    loss_fn, params, _ = trained()
+    rows = np.tile(data(4)[0], (16, 1)), np.tile(data(4)[1], 16)  # four examples, again and again: singular
+    tiny = partial(wj.low_rank_fisher, damping=1e-12)
+    _, _, info = wj.prune_one_shot(loss_fn, params, rows, 0.3, curvature=tiny)
+    assert info.raised.tolist() == [1]
+    assert float(info.damping[0]) > 5e-12
+    assert wj.prune_one_shot(loss_fn, params, rows, 0.3, curvature=WHOLE)[2].raised.tolist() == [0]

@@ -4,7 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from woodjax.curvature.damping import Damping
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 METHODS = ("magnitude", "diagonal", "woodfisher", "woodfisher-staged", "joint", "joint-staged")
@@ -58,13 +61,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--sparsity", type=float, nargs="+", default=SPARSITIES, help="fractions to prune")
     add("--method", nargs="+", default=METHODS, help="which of: " + ", ".join([*METHODS, "sum"]))
     add("--examples", type=int, default=1000, help="examples of the train split for each stage")
-    add("--damping", type=float, default=1e-3, help="damping of the Fisher, in squared gradients")
+    add(
+        "--damping",
+        default="1%",
+        help="a number, a percentage of the mean diagonal of the Fisher, or auto",
+    )
     add("--block-size", type=int, default=512, help="block size of woodfisher")
     add("--stages", type=int, default=16, help="stages of the staged methods")
     add("--microbatch-size", type=int, default=64, help="per-example gradients computed at once")
     add("--seed", type=int, default=0, help="seed of initial weights, training and examples")
     add("--out", type=Path, default=Path("woodjax-out"), help="folder for report.json, summary.png and arrays")
     return parser
+
+
+def _damping(text: str) -> "Damping":
+    from woodjax.curvature.damping import Relative
+
+    if text == "auto":
+        return "auto"
+    try:
+        return Relative(float(text[:-1]) / 100) if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise ValueError(f"--damping is {text!r}: pass a positive number such as 1e-5, 1%, or auto.") from error
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -77,7 +95,7 @@ def _prune(options: argparse.Namespace) -> None:
     from woodjax.recipes import recipes
     from woodjax.report import Report, save_arrays
 
-    known = recipes(damping=options.damping, block_size=options.block_size, stages=options.stages)
+    known = recipes(damping=_damping(options.damping), block_size=options.block_size, stages=options.stages)
     for name in options.method:
         if name not in known:
             raise ValueError(f"Unknown method {name!r}: choose among {sorted(known)}.")

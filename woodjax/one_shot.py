@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from woodjax.compensation import Method, compensate
 from woodjax.criteria import obs_scores
 from woodjax.curvature import Curvature, low_rank_fisher, predicted_loss_change
-from woodjax.gradients import batch_size, per_example_gradients
+from woodjax.gradients import batch_size
 from woodjax.masks import Scope, Sparsity, check_sparsity, is_broken, make_masks, mask_sparsity
 from woodjax.schedules import Path, stage_sparsities
-from woodjax.tree import apply_masks, check_floating, check_like, path_name
+from woodjax.stream import GradientStream, stream_gradients
+from woodjax.tree import check_floating, check_like, path_name
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params, Scores
 
 
@@ -27,6 +28,7 @@ class OneShotInfo(NamedTuple):
     loss_before: Float[Array, " stages"]  # mean over the stage's examples
     loss_after: Float[Array, " stages"]  # the same examples, after the stage
     damping: Float[Array, " stages"]  # the largest of any block: higher than asked if a factor failed
+    raised: Int[Array, " stages"]  # blocks whose factor failed and took more damping
     nonfinite: Bool[Array, "stages leaves"]  # leaf kept its mask and weights: scores or updates not finite
 
 
@@ -48,7 +50,8 @@ def prune_one_shot(
     path: Path = "exponential",
     examples_per_stage: int | None = None,
     key: Key[Array, ""] | None = None,
-    curvature: Callable[[Gradients], Curvature] = low_rank_fisher,
+    curvature: Callable[[Any], Curvature] = low_rank_fisher,
+    stream: bool = False,
     criterion: Callable[[Params, Curvature], Scores] = obs_scores,
     method: Method | None = "joint",
     scope: Scope = "global",
@@ -79,6 +82,8 @@ def prune_one_shot(
         curvature: From per-example gradients to a curvature, for example
             `functools.partial(woodjax.block_fisher, block_size=128)`. Pass the same object again
             to reuse what was compiled.
+        stream: Hand the curvature a `GradientStream` instead of gradients that are held: for example to
+            `functools.partial(woodjax.empirical_fisher, memory_budget=2**30)`.
         criterion: From parameters and curvature to scores.
         method: `"joint"`, `"sum"`, or None to prune without moving the survivors.
         scope: As in `make_masks`; `"leaf"` with a mapping.
@@ -100,7 +105,7 @@ def prune_one_shot(
 
     Cost:
         For each stage `m` backward passes, and flops and memory of the curvature: for the
-        default `3m·d` floats at the peak and about `6m²d` flops.
+        default `2m·d` floats at the peak and about `3.5m²d` flops. See `woodjax.estimate`.
 
     References:
         Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340); Frantar et al., M-FAC, 2021
@@ -129,18 +134,23 @@ def prune_one_shot(
     order = jnp.arange(size) if key is None else jax.random.permutation(key, size)
     for number, target in enumerate(targets):
         examples = _take(batch, order[(jnp.arange(m) + number * m) % size])
-        gradients = per_example_gradients(
+        rows = stream_gradients(
             loss_fn,
             params,
             examples,
-            microbatch_size=microbatch_size,
+            masks=masks,  # what was pruned before leaves the problem
+            microbatch_size=microbatch_size or m,
             examples_per_gradient=examples_per_gradient,
             check=check and number == 0,
         )
-        hessian, scores = _score(params, masks, gradients, curvature=curvature, criterion=criterion)
-        del gradients  # the curvature has what it needs of them
+        # A stream runs its own compiled steps from the host; gradients that are held go through one program.
+        score, move = (_score, _move) if stream else (_score_jit, _move_jit)
+        if not stream:
+            rows = rows.collect()
+        hessian, scores = score(params, rows, curvature=curvature, criterion=criterion)
+        del rows  # the curvature has what it needs of them
         new_masks = make_masks(scores, target, scope=scope, previous=masks, batch_axes=batch_axes)
-        params, masks, info = _move(
+        params, masks, info = move(
             params,
             masks,
             new_masks,
@@ -179,20 +189,17 @@ def _targets(sparsity: Sparsity, stages: int, path: Path) -> list[Sparsity]:
     return [float(value) for value in curves[0]]
 
 
-@partial(jax.jit, static_argnames=("curvature", "criterion"))
 def _score(
     params: Params,
-    masks: Masks,
-    gradients: Gradients,
+    rows: Gradients | GradientStream,
     *,
-    curvature: Callable[[Gradients], Curvature],
+    curvature: Callable[[Any], Curvature],
     criterion: Callable[[Params, Curvature], Scores],
 ) -> tuple[Curvature, Scores]:
-    hessian = curvature(apply_masks(gradients, masks))  # what was pruned before leaves the problem
+    hessian = curvature(rows)
     return hessian, criterion(params, hessian)
 
 
-@partial(jax.jit, static_argnames=("loss_fn", "method", "microbatch_size"))
 def _move(
     params: Params,
     masks: Masks,
@@ -204,7 +211,7 @@ def _move(
     loss_fn: LossFn,
     method: Method | None,
     microbatch_size: int | None,
-) -> Stage:
+) -> tuple[Params, Masks, OneShotInfo]:
     plain = jax.tree.map(lambda w, mask: jnp.where(mask, 0, -w), params, new_masks)
     steps = plain if method is None else compensate(params, new_masks, hessian, method=method)
     finite = jax.tree.map(lambda step: jnp.all(jnp.isfinite(step)), steps)
@@ -216,15 +223,21 @@ def _move(
     info = OneShotInfo(
         sparsity=mask_sparsity(kept, scores),
         predicted_loss_change=predicted_loss_change(updates, hessian),
-        loss_before=_mean_loss(loss_fn, params, examples, microbatch_size),
-        loss_after=_mean_loss(loss_fn, pruned, examples, microbatch_size),
+        loss_before=_mean_loss(params, examples, loss_fn=loss_fn, microbatch_size=microbatch_size),
+        loss_after=_mean_loss(pruned, examples, loss_fn=loss_fn, microbatch_size=microbatch_size),
         damping=jnp.max(hessian.damping),
+        raised=hessian.raised,
         nonfinite=jnp.stack(jax.tree.leaves(broken)),
     )
-    return Stage(pruned, kept, info)
+    return pruned, kept, info
 
 
-def _mean_loss(loss_fn: LossFn, params: Params, examples: Batch, microbatch_size: int | None) -> Float[Array, ""]:
+_score_jit = jax.jit(_score, static_argnames=("curvature", "criterion"))
+_move_jit = jax.jit(_move, static_argnames=("loss_fn", "method", "microbatch_size"))
+
+
+@partial(jax.jit, static_argnames=("loss_fn", "microbatch_size"))
+def _mean_loss(params: Params, examples: Batch, *, loss_fn: LossFn, microbatch_size: int | None) -> Float[Array, ""]:
     if microbatch_size is None:
         return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, examples))
     return jnp.mean(jax.lax.map(lambda x: loss_fn(params, x), examples, batch_size=microbatch_size))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Key
 from woodjax.compensation import Method
 from woodjax.criteria import magnitude_scores, obs_scores
 from woodjax.curvature import Curvature, block_fisher, diagonal_fisher, low_rank_fisher
-from woodjax.curvature.damping import check_damping
+from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping
 from woodjax.masks import make_masks
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.tree import apply_masks
@@ -36,11 +36,11 @@ class Recipe:
         return "mask" if self.update is None else "update"
 
 
-def recipes(*, damping: float = 1e-5, block_size: int = 512, stages: int = 16) -> dict[str, Recipe]:
+def recipes(*, damping: Damping = ONE_PERCENT, block_size: int = 512, stages: int = 16) -> dict[str, Recipe]:
     """The methods of the command line and the benchmarks.
 
     Args:
-        damping: `λ` of every Fisher, in units of squared gradients.
+        damping: Of every Fisher: a number, a fraction of the mean diagonal, or `"auto"`.
         block_size: Block size of `woodfisher` and `woodfisher-staged`.
         stages: Stages of the staged methods.
 

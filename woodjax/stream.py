@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from woodjax.gradients import LossRow, batch_size, group_examples, per_example_gradients
+from woodjax.gradients import LossRow, batch_size, group_examples
 from woodjax.probe import check_loss
 from woodjax.tree import apply_masks, check_floating
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
@@ -56,15 +56,8 @@ class GradientStream:
 
     def collect(self) -> Gradients:
         """All rows: a params-tree whose leaves are `[m, *leaf.shape]`."""
-        gradients = per_example_gradients(
-            self.loss_fn,
-            self.params,
-            self.batch,
-            microbatch_size=self.microbatch_size,
-            examples_per_gradient=self.examples_per_gradient,
-            check=False,
-        )
-        return gradients if self.masks is None else apply_masks(gradients, self.masks)
+        empty = jax.tree.map(lambda w: jnp.zeros((self.num_rows, *w.shape), w.dtype), self.params)
+        return self.fold(_write, empty)
 
     def fold(self, step: Callable[[State, Gradients, Int[Array, ""], Bool[Array, " k"]], State], state: State) -> State:
         """Build something up from the rows, a micro-batch at a time.
@@ -78,10 +71,8 @@ class GradientStream:
         Returns:
             The last state.
         """
-        rows, k = self._rows(), self.rows_at_once
-        for start in range(0, self.num_rows, k):
-            state = _fold_step(state, self.params, rows, self.masks, start, step=step, stream=self._static())
-        return state
+        arguments = self.params, self._rows(), self.masks
+        return self._loop(lambda s, start: _fold_step(s, *arguments, start, step=step, stream=self._static()), state)
 
     def step_bytes(self, step: Callable[..., State], state: State) -> int:
         """Memory that one step of a `fold` takes beside its arguments, as compiled: nothing is run.
@@ -111,11 +102,10 @@ class GradientStream:
         Returns:
             `[m]`.
         """
-        rows, k = self._rows(), self.rows_at_once
-        result = jnp.zeros(self.num_rows)
-        for start in range(0, self.num_rows, k):
-            result = _products_step(result, self.params, rows, self.masks, vector, start, stream=self._static())
-        return result
+        arguments = self.params, self._rows(), self.masks, vector
+        return self._loop(
+            lambda s, start: _products_step(s, *arguments, start, stream=self._static()), jnp.zeros(self.num_rows)
+        )
 
     def combine(self, coefficients: Float[Array, " m"]) -> Params:
         """`Gᵀu`, a combination of the rows.
@@ -126,11 +116,18 @@ class GradientStream:
         Returns:
             A params-tree.
         """
-        rows, k = self._rows(), self.rows_at_once
-        result = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
-        for start in range(0, self.num_rows, k):
-            result = _combine_step(result, self.params, rows, self.masks, coefficients, start, stream=self._static())
-        return result
+        arguments = self.params, self._rows(), self.masks, coefficients
+        empty = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
+        return self._loop(lambda s, start: _combine_step(s, *arguments, start, stream=self._static()), empty)
+
+    def _loop(self, step: Callable[[State, Int[Array, ""] | int], State], state: State) -> State:
+        # On the host where it can: XLA's CPU backend runs gradients of convolutions slowly inside a compiled loop.
+        k, n = self.rows_at_once, self.num_rows
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((self, state))):
+            return lax.fori_loop(0, -(-n // k), lambda i, s: step(s, i * k), state)
+        for start in range(0, n, k):
+            state = step(state, start)
+        return state
 
     def _rows(self) -> Batch:
         return group_examples(self.batch, self.examples_per_gradient)
@@ -206,6 +203,11 @@ class _Static:
         first = jnp.minimum(start, self.num_rows - self.rows_at_once)  # the last one repeats rows of the one before
         chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, self.rows_at_once), rows)
         return chunk, first, first + jnp.arange(self.rows_at_once) >= start
+
+
+def _write(result: Gradients, gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Gradients:
+    del fresh  # rows that were seen before are written over themselves
+    return jax.tree.map(lambda x, g: lax.dynamic_update_slice_in_dim(x, g, first, 0), result, gradients)
 
 
 @partial(jax.jit, static_argnames=("step", "stream"), donate_argnums=0)

@@ -3,7 +3,7 @@
 from woodjax.curvature.block_fisher import BlockFisher, BlockSums, block_fisher
 from woodjax.curvature.damping import Relative
 from woodjax.curvature.diagonal_fisher import DiagonalFisher, DiagonalSums, diagonal_fisher
-from woodjax.curvature.empirical_fisher import Estimate, empirical_fisher, estimate
+from woodjax.curvature.engines import Estimate, empirical_fisher, estimate
 from woodjax.curvature.low_rank_fisher import GradientRows, LowRankFisher, low_rank_fisher
 from woodjax.curvature.protocol import Curvature, predicted_loss_change
 from woodjax.curvature.streamed_fisher import StreamedFisher, streamed_fisher

@@ -92,8 +92,9 @@ def mean_diagonal(squares: Float[Array, "..."]) -> Float[Array, ""]:
     Cost:
         `2n` flops.
     """
-    live = jnp.sum(squares > 0)
-    return jnp.where(live > 0, jnp.sum(squares) / jnp.maximum(live, 1), 1.0)
+    live = (squares > 0) & jnp.isfinite(squares)  # a broken leaf must not take the damping of the others along
+    count = jnp.sum(live)
+    return jnp.where(count > 0, jnp.sum(jnp.where(live, squares, 0)) / jnp.maximum(count, 1), 1.0)
 
 
 def most_likely_damping(spectrum: Spectrum, scale: Float[Array, ""]) -> Float[Array, ""]:
