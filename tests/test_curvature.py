@@ -45,21 +45,23 @@ BUILDERS = {
     "low rank, streamed": streamed(wj.low_rank_fisher),
     "diagonal, streamed": streamed(wj.diagonal_fisher),
     "windows of 4": streamed(wj.streamed_fisher, window_size=4),
+    "rows": streamed(wj.row_fisher),
     "one window": streamed(wj.streamed_fisher, window_size=99),
 }
-STREAMED = {"block, streamed", "low rank, streamed", "diagonal, streamed", "windows of 4", "one window"}
+STREAMED = {"rows", "block, streamed", "low rank, streamed", "diagonal, streamed", "windows of 4", "one window"}
 WHOLE = {"low rank, whole", "low rank, streamed", "windows of 4", "one window"}
 SHAPES = {"bias": (2,), "fc1": (2, 3), "fc2": (3, 3)}  # 6 + 9 prunable, flattened in this order
 SPLITS = {  # leaf-wise blocks of the 15 prunable coordinates
     4: [range(4), range(4, 6), range(6, 10), range(10, 14), range(14, 15)],
     99: [range(6), range(6, 15)],
     None: [range(15)],
+    "rows": [[0, 3], [1, 4], [2, 5], [6, 9, 12], [7, 10, 13], [8, 11, 14]],
     1: [[i] for i in range(15)],
 }
 
 
 def split(name):
-    sizes = {"one block a leaf": 99, "diagonal": 1, "diagonal, streamed": 1} | dict.fromkeys(WHOLE)
+    sizes = {"one block a leaf": 99, "diagonal": 1, "diagonal, streamed": 1, "rows": "rows"} | dict.fromkeys(WHOLE)
     return [list(block) for block in SPLITS[sizes.get(name, 4)]]
 
 
@@ -157,7 +159,7 @@ def test_bfloat16_gradients(name):
     np.testing.assert_allclose(vector(diagonal), np.diag(np.linalg.inv(dense(wide, split(name)))), rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in WHOLE])  # they have no layers
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name not in WHOLE | {"rows"}])  # they have no layers
 def test_stacked_layers_are_separate(name):
     rng = np.random.default_rng(0)
     layers = [rng.standard_normal((5, 2, 3)).astype(np.float32) for _ in range(3)]

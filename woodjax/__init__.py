@@ -17,6 +17,7 @@ from woodjax.curvature import (
     GradientRows,
     LowRankFisher,
     Relative,
+    RowFisher,
     StreamedFisher,
     block_fisher,
     diagonal_fisher,
@@ -24,6 +25,7 @@ from woodjax.curvature import (
     estimate,
     low_rank_fisher,
     predicted_loss_change,
+    row_fisher,
     streamed_fisher,
 )
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
@@ -48,6 +50,7 @@ from woodjax.masks import make_masks, mask_sparsity, nonfinite_scores, prune_cou
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.probe import check_loss
 from woodjax.schedules import stage_sparsities
+from woodjax.sparsity_path import SparsityPath, sparsity_path
 from woodjax.stream import GradientStream, stream_gradients
 from woodjax.tree import Layout, apply_masks, is_kernel, make_layout, path_name
 
@@ -68,6 +71,8 @@ __all__ = [
     "LowRankFisher",
     "OneShotInfo",
     "Relative",
+    "RowFisher",
+    "SparsityPath",
     "Stage",
     "StreamedFisher",
     "Whitener",
@@ -102,7 +107,9 @@ __all__ = [
     "primal_inverse",
     "prune_count",
     "prune_one_shot",
+    "row_fisher",
     "sampled_label_gradients",
+    "sparsity_path",
     "stage_sparsities",
     "stream_gradients",
     "streamed_fisher",

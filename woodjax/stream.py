@@ -54,12 +54,27 @@ class GradientStream:
         """Rows in a micro-batch."""
         return min(self.microbatch_size, self.num_rows)
 
+    @property
+    def rows(self) -> Batch:
+        """The examples, each row's group along the second axis where there are several in a row."""
+        return group_examples(self.batch, self.examples_per_gradient)
+
+    @property
+    def loss_row(self) -> LossRow:
+        """Loss and gradient of one row."""
+        return LossRow(self.loss_fn, self.examples_per_gradient > 1)
+
     def collect(self) -> Gradients:
         """All rows: a params-tree whose leaves are `[m, *leaf.shape]`."""
         empty = jax.tree.map(lambda w: jnp.zeros((self.num_rows, *w.shape), w.dtype), self.params)
         return self.fold(_write, empty)
 
-    def fold(self, step: Callable[[State, Gradients, Int[Array, ""], Bool[Array, " k"]], State], state: State) -> State:
+    def fold(
+        self,
+        step: Callable[[State, Any, Int[Array, ""], Bool[Array, " k"]], State],
+        state: State,
+        row: Callable[[Params, Batch], Any] | None = None,
+    ) -> State:
         """Build something up from the rows, a micro-batch at a time.
 
         Args:
@@ -67,12 +82,13 @@ class GradientStream:
                 `first + k`; those that are not `fresh` were seen before, in the last micro-batch. Pass the
                 same function again to reuse what was compiled.
             state: What to begin with. Its memory is taken over: do not use it again.
+            row: What to compute for a row instead of its masked gradient: `row(params, examples_of_the_row)`.
 
         Returns:
             The last state.
         """
-        arguments = self.params, self._rows(), self.masks
-        return self._loop(lambda s, start: _fold_step(s, *arguments, start, step=step, stream=self._static()), state)
+        arguments, static = (self.params, self.rows, self.masks), self._static()
+        return self._loop(lambda s, start: _fold_step(s, *arguments, start, step=step, row=row, stream=static), state)
 
     def step_bytes(self, step: Callable[..., State], state: State) -> int:
         """Memory that one step of a `fold` takes beside its arguments, as compiled: nothing is run.
@@ -87,7 +103,9 @@ class GradientStream:
         Raises:
             ValueError: The backend does not tell.
         """
-        lowered = _fold_step.lower(state, self.params, self._rows(), self.masks, 0, step=step, stream=self._static())
+        lowered = _fold_step.lower(
+            state, self.params, self.rows, self.masks, 0, step=step, row=None, stream=self._static()
+        )
         memory = lowered.compile().memory_analysis()
         if memory is None:
             raise ValueError("This backend does not say how much memory a program takes: leave memory_budget out.")
@@ -102,7 +120,7 @@ class GradientStream:
         Returns:
             `[m]`.
         """
-        arguments = self.params, self._rows(), self.masks, vector
+        arguments = self.params, self.rows, self.masks, vector
         return self._loop(
             lambda s, start: _products_step(s, *arguments, start, stream=self._static()), jnp.zeros(self.num_rows)
         )
@@ -116,7 +134,7 @@ class GradientStream:
         Returns:
             A params-tree.
         """
-        arguments = self.params, self._rows(), self.masks, coefficients
+        arguments = self.params, self.rows, self.masks, coefficients
         empty = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
         return self._loop(lambda s, start: _combine_step(s, *arguments, start, stream=self._static()), empty)
 
@@ -129,11 +147,8 @@ class GradientStream:
             state = step(state, start)
         return state
 
-    def _rows(self) -> Batch:
-        return group_examples(self.batch, self.examples_per_gradient)
-
     def _static(self) -> "_Static":
-        return _Static(LossRow(self.loss_fn, self.examples_per_gradient > 1), self.rows_at_once, self.num_rows)
+        return _Static(self.loss_row, self.rows_at_once, self.num_rows)
 
 
 def stream_gradients(
@@ -210,13 +225,21 @@ def _write(result: Gradients, gradients: Gradients, first: Int[Array, ""], fresh
     return jax.tree.map(lambda x, g: lax.dynamic_update_slice_in_dim(x, g, first, 0), result, gradients)
 
 
-@partial(jax.jit, static_argnames=("step", "stream"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("step", "row", "stream"), donate_argnums=0)
 def _fold_step(
-    state: Any, params: Params, rows: Batch, masks: Masks | None, start: int, *, step: Callable, stream: _Static
+    state: Any,
+    params: Params,
+    rows: Batch,
+    masks: Masks | None,
+    start: int,
+    *,
+    step: Callable,
+    row: Callable[[Params, Batch], Any] | None,
+    stream: _Static,
 ) -> Any:
     chunk, first, fresh = stream.take(rows, start)
-    gradients = jax.vmap(stream.row, in_axes=(None, 0))(params, chunk)
-    if masks is not None:
+    gradients = jax.vmap(row or stream.row, in_axes=(None, 0))(params, chunk)
+    if masks is not None and row is None:
         gradients = apply_masks(gradients, masks)
     return step(state, gradients, first, fresh)
 

@@ -6,6 +6,7 @@ from woodjax.curvature.diagonal_fisher import DiagonalFisher, DiagonalSums, diag
 from woodjax.curvature.engines import Estimate, empirical_fisher, estimate
 from woodjax.curvature.low_rank_fisher import GradientRows, LowRankFisher, low_rank_fisher
 from woodjax.curvature.protocol import Curvature, predicted_loss_change
+from woodjax.curvature.row_fisher import RowFisher, row_fisher
 from woodjax.curvature.streamed_fisher import StreamedFisher, streamed_fisher
 from woodjax.curvature.sums import Accumulator
 
@@ -20,6 +21,7 @@ __all__ = [
     "GradientRows",
     "LowRankFisher",
     "Relative",
+    "RowFisher",
     "StreamedFisher",
     "block_fisher",
     "diagonal_fisher",
@@ -27,5 +29,6 @@ __all__ = [
     "estimate",
     "low_rank_fisher",
     "predicted_loss_change",
+    "row_fisher",
     "streamed_fisher",
 ]

@@ -175,17 +175,23 @@ def spectrum_of_grams(grams: Float[Array, "nb m m"], live: Float[Array, ""]) -> 
 
 
 def resolve_damping(
-    damping: Damping, squares: Callable[[], Float[Array, "nb b"]], spectrum: Callable[[Float[Array, ""]], Spectrum]
+    damping: Damping,
+    squares: Callable[[], Float[Array, "..."]],
+    spectrum: Callable[[Float[Array, ""]], Spectrum] | None = None,
 ) -> Float[Array, ""] | float:
     """The number that a damping stands for.
 
     Args:
         damping: As asked.
         squares: Makes `F_qq` of every coordinate; asked where it is needed.
-        spectrum: Makes the spectrum, given the number of coordinates that some gradient touches.
+        spectrum: Makes the spectrum, given the number of coordinates that some gradient touches; None where
+            there is none.
 
     Returns:
         `λ`.
+
+    Raises:
+        ValueError: `"auto"` without a spectrum.
 
     Cost:
         None for a number.
@@ -193,6 +199,8 @@ def resolve_damping(
     if isinstance(damping, Relative):
         return damping.alpha * mean_diagonal(squares())
     if isinstance(damping, str):
+        if spectrum is None:
+            raise ValueError('damping="auto" is not offered for this curvature: pass woodjax.Relative(1e-2).')
         diagonal = squares()
         return most_likely_damping(spectrum(jnp.sum(diagonal > 0)), mean_diagonal(diagonal))
     return damping

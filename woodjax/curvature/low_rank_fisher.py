@@ -13,7 +13,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from woodjax import linalg
 from woodjax.curvature._blocked import Blocked, blocks_at_once, map_blocks
@@ -64,6 +64,30 @@ class LowRankFisher(Blocked):
     ) -> Float[Array, "nb b"]:
         """`m²b + 2m³/3` flops a block: the Gram matrix of the survivors."""
         return map_blocks(linalg.joint_step_gram, self.gradients, self.damping, weights, kept, gradient)
+
+    def path_losses(self, params: Params, level: PyTree, num_levels: int) -> Float[Array, " levels"]:
+        """Predicted loss change of the joint step at every level of a path of nested masks.
+
+        Args:
+            params: A params-tree.
+            level: A params-tree of integers: the first level at which a weight is gone.
+            num_levels: Levels of the path.
+
+        Returns:
+            `[num_levels]`.
+
+        Cost:
+            `m²b + num_levels · 2m³/3` flops a block.
+        """
+        never = jax.tree.map(lambda x: x - num_levels, level)  # padding, 0 in blocks, is never gone
+        losses = map_blocks(
+            lambda g, damping, w, at: linalg.path_losses(g, damping, w, at + num_levels, num_levels=num_levels),
+            self.gradients,
+            self.damping,
+            self.layout.to_blocks(params),
+            self.layout.to_blocks(never).astype(jnp.int32),
+        )
+        return jnp.sum(losses, axis=0)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows", "count"], meta_fields=["layout"])

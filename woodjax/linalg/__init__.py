@@ -30,6 +30,7 @@ from woodjax.linalg.dual import (
     whiten_gram,
     window_inverse_diagonal,
 )
+from woodjax.linalg.path import path_losses
 from woodjax.linalg.products import COLUMN_WINDOW, contract, gram
 from woodjax.linalg.woodbury import woodbury_scan, woodbury_scan_rank_k
 
@@ -45,6 +46,7 @@ __all__ = [
     "gram",
     "joint_step_gram",
     "joint_step_inverse",
+    "path_losses",
     "primal_inverse",
     "solve_cholesky",
     "solve_whitened",

@@ -42,7 +42,7 @@ def gram(gradients: Float[Array, "m b"], kept: Bool[Array, " b"] | None = None) 
         `GGᵀ [m, m]`, symmetric.
 
     Cost:
-        About `m²b` flops, the lower triangle alone; workspace `m · min(b, 4096)` and `2m²`.
+        About `1.25m²b` flops, the panels of the lower triangle; workspace `m · min(b, 4096)` and `2m²`.
 
     Example:
         >>> import jax.numpy as jnp, woodjax as wj
@@ -57,10 +57,10 @@ def gram(gradients: Float[Array, "m b"], kept: Bool[Array, " b"] | None = None) 
         columns, fresh = window(gradients, first, width)
         if kept is not None:
             fresh &= lax.dynamic_slice_in_dim(kept, jnp.minimum(first, b - width), width)
-        return total + _lower_gram(jnp.where(fresh, columns, 0)), None
+        return total + lower_gram(jnp.where(fresh, columns, 0)), None
 
     lower = lax.scan(add, jnp.zeros((m, m), dtype), jnp.arange(0, b, width))[0]
-    return lower + jnp.tril(lower, -1).T
+    return mirror(lower)
 
 
 def window(gradients: Float[Array, "m b"], first: Array, width: int) -> tuple[Float[Array, "m w"], Bool[Array, " w"]]:
@@ -102,13 +102,38 @@ def leverage(root: Float[Array, "m m"], columns: Float[Array, "m w"]) -> Float[A
     return total
 
 
-def _lower_gram(rows: Float[Array, "m w"]) -> Float[Array, "m m"]:
-    # The lower triangle of the product; above the panels on the diagonal it is zero.
+def lower_gram(rows: Float[Array, "m w"]) -> Float[Array, "m m"]:
+    """Lower triangle of `XXᵀ`; zero above the diagonal.
+
+    Args:
+        rows: `X [m, w]`.
+
+    Returns:
+        `[m, m]`.
+
+    Cost:
+        About `1.25m²w` flops.
+    """
     m = rows.shape[0]
     lower = jnp.zeros((m, m), jnp.promote_types(rows.dtype, jnp.float32))
     for start, end in _panels(m):
         lower = lax.dynamic_update_slice(lower, contract("ib,jb->ij", rows[start:end], rows[:end]), (start, 0))
     return jnp.tril(lower)
+
+
+def mirror(lower: Float[Array, "m m"]) -> Float[Array, "m m"]:
+    """The symmetric matrix with this lower triangle.
+
+    Args:
+        lower: Zero above the diagonal.
+
+    Returns:
+        `[m, m]`.
+
+    Cost:
+        One pass over `m²` elements.
+    """
+    return lower + jnp.tril(lower, -1).T
 
 
 def _panels(m: int) -> list[tuple[int, int]]:

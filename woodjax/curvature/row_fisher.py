@@ -1,0 +1,191 @@
+"""Row-block Fisher: one dense block for each output unit, as wide as its fan-in.
+
+For a kernel `W [..., out]` the block of unit `o` is `F_o = λI + (1/m) Σ_i g_io g_ioᵀ` with `g_io` the gradient of
+`W[..., o]`. For a dense layer `g_io = δ_io a_i`, so that `F_o = λI + (1/m) Aᵀ diag(δ_o²) A`: inputs and output
+gradients are enough, and no gradient of a single example is formed (`woodjax.taps` finds both). Other leaves,
+convolutions among them, give their gradients a micro-batch at a time.
+
+Memory: `Σ out · fan_in²` floats for the sums, as much for the inverses. Flops: `2m · out · fan_in²`
+to build, `2 · out · fan_in³` to invert.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from woodjax import linalg
+from woodjax.curvature._blocked import blocks_at_once
+from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping, resolve_damping
+from woodjax.curvature.sums import layout_of
+from woodjax.stream import GradientStream
+from woodjax.taps import Tap, TapRow, dense_leaves
+from woodjax.tree import Layout, is_kernel
+from woodjax.typing import Gradients, Masks, Params, Select, Updates
+
+Rows = list[Float[Array, "out fan_in"]]  # one for each selected leaf
+Sums = list[Float[Array, "out fan_in fan_in"]]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["inverses", "damping", "raised"], meta_fields=["layout"])
+@dataclass(frozen=True)
+class RowFisher:
+    """Inverse row blocks, one array for each prunable leaf. Made by `row_fisher`."""
+
+    layout: Layout
+    inverses: Sums
+    damping: Float[Array, " rows"]  # as used, of all rows of all leaves
+    raised: Int[Array, ""]  # rows where it was raised
+
+    def inverse_diagonal(self) -> Params:
+        """`[H⁻¹]_qq`; 0 on leaves that are not prunable."""
+        rows = [jnp.diagonal(inverse, axis1=1, axis2=2) for inverse in self.inverses]
+        return self._tree([jnp.where(row > 0, row, jnp.nan) for row in rows])
+
+    def solve(self, tree: Params) -> Params:
+        """`H⁻¹v`: `2 · fan_in²` flops a row."""
+        return self._map(lambda inverse, v: linalg.contract("ij,j->i", inverse, v), tree)
+
+    def matvec(self, tree: Params) -> Params:
+        """`Hv`, by solving with the inverse: `fan_in³/3` flops a row."""
+        return self._map(linalg.solve_cholesky, tree)
+
+    def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
+        """Minimiser of `ḡᵀδ + ½δᵀHδ` with `δ_Q = −w_Q`: `fan_in³/3` flops a row."""
+        if gradient is None:
+            return self._map(linalg.joint_step_inverse, params, masks)
+        return self._map(linalg.joint_step_inverse, params, masks, gradient)
+
+    def _map(self, function: Callable[..., Array], *trees: Params) -> Params:
+        operands = zip(self.inverses, *(_rows(self.layout, tree) for tree in trees), strict=True)
+        return self._tree([
+            lax.map(lambda row: function(*row), leaf, batch_size=blocks_at_once(12 * leaf[0][0].size))
+            for leaf in operands
+        ])
+
+    def _tree(self, rows: Rows) -> Params:
+        leaves, found = [], iter(rows)
+        for spec in self.layout.leaves:
+            moved = (*spec.shape[-1:], *spec.shape[:-1])
+            leaves.append(jnp.moveaxis(next(found).reshape(moved), 0, -1) if spec.selected else jnp.zeros(spec.shape))
+        return jax.tree.unflatten(self.layout.treedef, leaves)
+
+
+def row_fisher(stream: GradientStream, *, damping: Damping = ONE_PERCENT, select: Select = is_kernel) -> RowFisher:
+    """Inverse empirical Fisher with one block for each output unit of each layer.
+
+    Args:
+        stream: Rows of gradients. Kernels have their output units along the last axis, as Flax's have.
+        damping: `λ`: a positive number in units of squared gradients, or `Relative(alpha)`.
+        select: Which leaves are prunable, asked as `select(path, leaf)`.
+
+    Returns:
+        A curvature.
+
+    Raises:
+        ValueError: Gradients instead of a stream; damping not positive, or `"auto"`; a selected leaf that is
+            empty or not floating.
+
+    Cost:
+        Memory `2 Σ out · fan_in²`; `2m · out · fan_in²` flops a leaf to build and `2 · out · fan_in³` to
+        invert. Dense layers: `m · (in + out)` numbers in place of `m · in · out`.
+
+    References:
+        The row blocks of Frantar & Alistarh, OBC, 2022 (arXiv 2208.11580), with the Fisher of the loss in
+        place of the layer's own Hessian; `Aᵀ diag(δ²) A` as in Dong et al., L-OBS, 2017 (arXiv 1705.07565).
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> loss = lambda w, x: (x @ w).sum()
+        >>> stream = wj.stream_gradients(loss, jnp.ones((2, 1)), jnp.array([[1.0, 0.0]]))
+        >>> wj.row_fisher(stream, damping=1.0).inverse_diagonal().tolist()
+        [[0.5], [1.0]]
+    """
+    if not isinstance(stream, GradientStream):
+        raise ValueError("row_fisher takes a stream of gradients: pass woodjax.stream_gradients(...).")
+    check_damping(damping)
+    layout = layout_of(stream, block_size=None, select=select, batch_axes=0)
+    sums = row_sums(stream, layout)
+    fishers = [total / stream.num_rows for total in sums]
+    if stream.masks is not None:
+        kept = _rows(layout, stream.masks)
+        fishers = [jnp.where(k[:, :, None] & k[:, None, :], f, 0) for k, f in zip(kept, fishers, strict=True)]
+    diagonals = [jnp.diagonal(fisher, axis1=1, axis2=2).reshape(-1) for fisher in fishers]
+    asked = resolve_damping(damping, lambda: jnp.concatenate(diagonals))
+    results = [
+        lax.map(
+            lambda block: linalg.fisher_inverse(block, asked), fisher, batch_size=blocks_at_once(16 * fisher[0].size)
+        )
+        for fisher in fishers
+    ]
+    used = jnp.concatenate([result.damping for result in results])
+    raised = jnp.sum(used > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
+    return RowFisher(layout, [result.inverse for result in results], used, raised)
+
+
+def row_sums(stream: GradientStream, layout: Layout) -> Sums:
+    """`Σ g gᵀ` for each output unit of each selected leaf.
+
+    Args:
+        stream: Rows of gradients; its masks are left to the caller.
+        layout: Which leaves are selected.
+
+    Returns:
+        `[out, fan_in, fan_in]` for each selected leaf.
+
+    Cost:
+        `2m · out · fan_in²` flops a leaf, in micro-batches.
+    """
+    numbers = tuple(number for number, spec in enumerate(layout.leaves) if spec.selected)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stream.rows)
+    row = stream.loss_row
+    tapped = set(dense_leaves(row.loss, stream.params, example)) & set(numbers)
+    empty = [jnp.zeros((spec.shape[-1], *(2 * [spec.size // spec.shape[-1]]))) for spec in layout.selected]
+    return stream.fold(_AddRows(numbers), empty, row=TapRow(row, tuple(sorted(tapped))))
+
+
+@dataclass(frozen=True)
+class _AddRows:
+    """Adds a micro-batch to the sums, from taps where there are any."""
+
+    numbers: tuple[int, ...]
+
+    def __call__(self, sums: Sums, found: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Sums:
+        gradients, taps = found
+        leaves = jax.tree.leaves(gradients)
+        return [
+            _add_tap(total, taps[number], fresh) if number in taps else _add_gradients(total, leaves[number], fresh)
+            for total, number in zip(sums, self.numbers, strict=True)
+        ]
+
+
+def _add_tap(total: Float[Array, "out fan_in fan_in"], tap: Tap, fresh: Bool[Array, " k"]) -> Array:
+    inputs = tap.inputs.astype(total.dtype)
+    deltas = jnp.where(fresh[:, None], tap.output_gradient, 0).astype(total.dtype)
+
+    def unit(operands: tuple[Array, Array]) -> Array:
+        block, delta = operands
+        scaled = inputs * delta[:, None]
+        return block + linalg.contract("ki,kj->ij", scaled, scaled)
+
+    return lax.map(unit, (total, deltas.T))
+
+
+def _add_gradients(total: Float[Array, "out fan_in fan_in"], gradient: Array, fresh: Bool[Array, " k"]) -> Array:
+    out, fan_in, _ = total.shape
+    rows = gradient.reshape(-1, fan_in, out).astype(total.dtype)
+    rows = jnp.where(fresh[:, None, None], rows, 0)
+    return lax.map(lambda at: at[0] + linalg.contract("ki,kj->ij", at[1], at[1]), (total, jnp.moveaxis(rows, 2, 0)))
+
+
+def _rows(layout: Layout, tree: Params) -> Rows:
+    jax.eval_shape(layout.to_blocks, tree)  # checks structure and shapes
+    return [
+        jnp.moveaxis(leaf, -1, 0).reshape(spec.shape[-1], -1)
+        for spec, leaf in zip(layout.leaves, layout.flatten(tree), strict=True)
+        if spec.selected
+    ]
