@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from woodjax.curvature.protocol import compiled
 from woodjax.tree import Layout
 from woodjax.typing import Masks, Params, Updates
 
-WORKSPACE = 2**28  # bytes that a step over several blocks may take beside its input and result
+WORKSPACE = 2**26  # bytes that a step over several blocks may take beside its input and result
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,24 @@ class Blocked(abc.ABC):
     ) -> Float[Array, "nb b"]:
         """Constrained minimiser, block by block."""
 
+    @compiled
     def inverse_diagonal(self) -> Params:
         """`[H⁻¹]_qq` for every coordinate; 0 on leaves that are not prunable."""
         diagonal = self.block_inverse_diagonal()
         # 0 says "held fixed": a prunable coordinate whose diagonal was lost must not be taken for that.
         return self.layout.to_tree(jnp.where(diagonal > 0, diagonal, jnp.nan), fill=0)
 
+    @compiled
     def solve(self, tree: Params) -> Params:
         """`H⁻¹v`; 0 on leaves that are not prunable."""
         return self.layout.to_tree(self.block_solve(self.layout.to_blocks(tree)), fill=0)
 
+    @compiled
     def matvec(self, tree: Params) -> Params:
         """`Hv`; 0 on leaves that are not prunable."""
         return self.layout.to_tree(self.block_matvec(self.layout.to_blocks(tree)), fill=0)
 
+    @compiled
     def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
         """Minimiser of `ḡᵀδ + ½δᵀHδ` with `δ_Q = −w_Q`; 0 on leaves that are not prunable."""
         pruned = self.layout.to_blocks(jax.tree.map(jnp.logical_not, masks))  # padding is not pruned
@@ -85,7 +90,7 @@ def map_blocks(function: Callable[..., Any], rows: Float[Array, "m nb b"], *per_
     """
     m, nb, b = rows.shape
     if nb == 1:
-        only = function(rows[:, 0], *jax.tree.map(lambda x: x[0], per_block))
+        only = function(rows.reshape(m, b), *jax.tree.map(lambda x: x[0], per_block))
         return jax.tree.map(lambda x: x[None], only)
     flat = rows.reshape(m, nb * b)
 

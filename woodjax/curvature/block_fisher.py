@@ -21,10 +21,12 @@ from woodjax.curvature._blocked import Blocked, blocks_at_once, map_blocks
 from woodjax.curvature.damping import (
     ONE_PERCENT,
     Damping,
+    Rule,
     check_damping,
     damping_of_rows,
     resolve_damping,
     spectrum_of_sums,
+    split_damping,
 )
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, sum_up
 from woodjax.stream import GradientStream
@@ -151,19 +153,8 @@ class BlockSums(Accumulator):
             `2b³` flops a block, and about `10b³` for `"auto"`; memory `nb·b²`.
         """
         check_finalize(self, damping, held_out)
-        whole = self if held_out is None else self.merge(held_out)
-        fisher = whole.sums / whole.count
-        other = self if held_out is None else held_out
-        number = resolve_damping(
-            damping,
-            lambda: jnp.diagonal(fisher, axis1=1, axis2=2),
-            lambda live: spectrum_of_sums(self.sums / self.count, other.sums / other.count, live),
-        )
-        b = self.layout.block_size
-        inverse = lax.map(
-            lambda block: linalg.fisher_inverse(block, number), fisher, batch_size=blocks_at_once(16 * b * b)
-        )
-        return _make(self.layout, inverse, number)
+        rule, number = split_damping(damping)
+        return _invert_sums(self, held_out, number, rule=rule)
 
 
 def block_fisher(
@@ -223,8 +214,37 @@ def block_fisher(
         return sum_up(gradients, BlockSums.empty(layout), damping)
     if streamed:
         raise ValueError(f"engine {engine!r} needs the gradients themselves: pass stream.collect(), or 'primal'.")
+    rule, number = split_damping(damping)
+    return _invert_rows(gradients, number, layout=layout, engine=engine, rule=rule)
+
+
+@partial(jax.jit, static_argnames="rule")
+def _invert_sums(
+    sums: BlockSums, held_out: BlockSums | None, number: Float[Array, ""] | float, *, rule: Rule
+) -> BlockFisher:
+    whole = sums if held_out is None else sums.merge(held_out)
+    other = sums if held_out is None else held_out
+    asked = resolve_damping(
+        rule,
+        number,
+        lambda: jnp.diagonal(whole.sums, axis1=1, axis2=2) / whole.count,
+        lambda live: spectrum_of_sums(sums.sums / sums.count, other.sums / other.count, live),
+    )
+    b = sums.layout.block_size
+    inverse = lax.map(
+        lambda block: linalg.fisher_inverse(block / whole.count, asked),
+        whole.sums,
+        batch_size=blocks_at_once(16 * b * b),
+    )
+    return _make(sums.layout, inverse, asked)
+
+
+@partial(jax.jit, static_argnames=("layout", "engine", "rule"))
+def _invert_rows(
+    gradients: Gradients, number: Float[Array, ""] | float, *, layout: Layout, engine: Engine, rule: Rule
+) -> BlockFisher:
     rows = layout.to_blocks(gradients)
-    asked = damping_of_rows(rows, damping)
+    asked = damping_of_rows(rows, rule, number)
     return _make(layout, map_blocks(lambda g: ROW_ENGINES[engine](g, asked), rows), asked)
 
 

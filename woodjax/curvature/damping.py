@@ -45,6 +45,7 @@ class Relative:
 
 
 Damping = Float[Array, ""] | float | Relative | Literal["auto"]
+Rule = Relative | Literal["auto"] | None
 ONE_PERCENT = Relative(1e-2)  # the default: measured on MLPNet and ResNet-20, see docs/curvature.md
 
 
@@ -97,6 +98,7 @@ def mean_diagonal(squares: Float[Array, "..."]) -> Float[Array, ""]:
     return jnp.where(count > 0, jnp.sum(jnp.where(live, squares, 0)) / jnp.maximum(count, 1), 1.0)
 
 
+@jax.jit
 def most_likely_damping(spectrum: Spectrum, scale: Float[Array, ""]) -> Float[Array, ""]:
     """Damping under which held-out gradients are most likely: `g ~ N(0, F + λI)`.
 
@@ -174,15 +176,35 @@ def spectrum_of_grams(grams: Float[Array, "nb m m"], live: Float[Array, ""]) -> 
     )
 
 
+def split_damping(damping: Damping) -> tuple[Rule, Float[Array, ""] | float]:
+    """What of a damping is known when a program is compiled, and the number that is not.
+
+    Args:
+        damping: As asked.
+
+    Returns:
+        The rule, or None for a number; and the number, or 0 for a rule.
+
+    Raises:
+        ValueError: As `check_damping`.
+    """
+    check_damping(damping)
+    if isinstance(damping, Relative | str):
+        return damping, 0.0
+    return None, damping
+
+
 def resolve_damping(
-    damping: Damping,
+    rule: Rule,
+    number: Float[Array, ""] | float,
     squares: Callable[[], Float[Array, "..."]],
     spectrum: Callable[[Float[Array, ""]], Spectrum] | None = None,
 ) -> Float[Array, ""] | float:
     """The number that a damping stands for.
 
     Args:
-        damping: As asked.
+        rule: From `split_damping`.
+        number: From `split_damping`.
         squares: Makes `F_qq` of every coordinate; asked where it is needed.
         spectrum: Makes the spectrum, given the number of coordinates that some gradient touches; None where
             there is none.
@@ -196,22 +218,25 @@ def resolve_damping(
     Cost:
         None for a number.
     """
-    if isinstance(damping, Relative):
-        return damping.alpha * mean_diagonal(squares())
-    if isinstance(damping, str):
+    if isinstance(rule, Relative):
+        return rule.alpha * mean_diagonal(squares())
+    if isinstance(rule, str):
         if spectrum is None:
             raise ValueError('damping="auto" is not offered for this curvature: pass woodjax.Relative(1e-2).')
         diagonal = squares()
         return most_likely_damping(spectrum(jnp.sum(diagonal > 0)), mean_diagonal(diagonal))
-    return damping
+    return number
 
 
-def damping_of_rows(rows: Float[Array, "m nb b"], damping: Damping) -> Float[Array, ""] | float:
+def damping_of_rows(
+    rows: Float[Array, "m nb b"], rule: Rule, number: Float[Array, ""] | float
+) -> Float[Array, ""] | float:
     """The number that a damping stands for, where the gradients themselves are at hand.
 
     Args:
         rows: Gradients in blocks.
-        damping: As asked.
+        rule: From `split_damping`.
+        number: From `split_damping`.
 
     Returns:
         `λ`.
@@ -223,10 +248,11 @@ def damping_of_rows(rows: Float[Array, "m nb b"], damping: Damping) -> Float[Arr
         `2md` flops for a relative damping; about `m²d + nb·3m³` for `"auto"`.
     """
     m = rows.shape[0]
-    if isinstance(damping, str):
+    if isinstance(rule, str):
         check_halves(m)
     return resolve_damping(
-        damping,
+        rule,
+        number,
         lambda: linalg.contract("mnb,mnb->nb", rows, rows) / m,
         lambda live: spectrum_of_grams(map_blocks(linalg.gram, rows), live),
     )

@@ -19,6 +19,7 @@ from woodjax.curvature.damping import (
     Spectrum,
     check_damping,
     resolve_damping,
+    split_damping,
 )
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, sum_up
 from woodjax.stream import GradientStream
@@ -136,7 +137,7 @@ class DiagonalSums(Accumulator):
                 known, other.squares / other.count, (squares > 0).astype(known.dtype), 0 * live, jnp.zeros(())
             )
 
-        number = resolve_damping(damping, lambda: squares, spectrum)
+        number = resolve_damping(*split_damping(damping), lambda: squares, spectrum)
         return DiagonalFisher(self.layout, squares + number, jnp.full(1, number))
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from woodjax import linalg
+from woodjax.curvature._blocked import WORKSPACE
 from woodjax.curvature.block_fisher import BlockSums, block_fisher
 from woodjax.curvature.damping import ONE_PERCENT, Damping
 from woodjax.curvature.low_rank_fisher import GradientRows, low_rank_fisher
@@ -168,24 +169,27 @@ def _plan(
     nb, b = layout.num_blocks, layout.block_size
     d, rows, inverse = nb * b, 4 * m * nb * b, 4 * nb * b * b
     step = _step_bytes(gradients, layout, engine) if isinstance(gradients, GradientStream) else 0
-    dual = 4 * (5 * nb * m * m + 6 * d)  # Gram matrix, factor and its inverse; vectors
     products = 4 * m * d
     if engine == "streamed":
         width = window_size or layout.num_weights
-        window = 4 * m * width
-        work = max(dual + 8 * m * min(width, linalg.COLUMN_WINDOW), step)
-        return Estimate(
-            engine, window + work, 4 * m * m, 2.25 * m * m * d + 2 * m**3 / 3 + products, 2 * -(-d // width) + 2, width
-        )
+        work = max(_dual_bytes(layout, m) + 8 * m * min(width, linalg.COLUMN_WINDOW), step)
+        flops = 2.5 * m * m * d + 2 * m**3 / 3 + products
+        return Estimate(engine, 4 * m * width + work, 4 * m * m, flops, 2 * -(-d // width) + 2, width)
     if engine == "factored":
-        work = max(dual + 8 * m * min(b, linalg.COLUMN_WINDOW), step)
-        flops = 2.25 * m * m * d + nb * 2 * m**3 / 3 + products
+        work = max(_dual_bytes(layout, m) + 8 * m * min(b, linalg.COLUMN_WINDOW), step)
+        flops = 2.5 * m * m * d + nb * 2 * m**3 / 3 + products
         return Estimate(engine, rows + work, rows + 4 * nb * m * m, flops, 1)
     if engine == "primal":
-        work = max(2 * inverse, step if step else rows)
+        work = max(inverse + min(4 * inverse, max(WORKSPACE, 16 * b * b)), step if step else rows)
         return Estimate(engine, inverse + work, inverse, 2 * m * d * b + 2 * d * b * b, 1)
     flops = 3 * m * m * d + nb * 2 * m**3 / 3 + 2 * m * d * b if engine == "dual" else 4 * m * d * b
-    return Estimate(engine, (2 if step else 1) * rows + 2 * inverse, inverse, flops, 1)
+    return Estimate(engine, (2 if step else 1) * rows + inverse + 12 * b * b, inverse, flops, 1)
+
+
+def _dual_bytes(layout: Layout, m: int) -> int:
+    # Gram matrices, a factor and its inverse; and vectors as long as the parameters.
+    nb = layout.num_blocks
+    return 4 * (nb * m * m + min(5 * nb * m * m, max(WORKSPACE // 4, 5 * m * m)) + 6 * layout.num_weights)
 
 
 def _step_bytes(stream: GradientStream, layout: Layout, engine: Engine) -> int:
@@ -197,10 +201,14 @@ def _step_bytes(stream: GradientStream, layout: Layout, engine: Engine) -> int:
 
 
 def _fitting_window(layout: Layout, m: int, stream: GradientStream, budget: int) -> Estimate:
-    widest = _plan("streamed", layout, m, stream)
-    column = 4 * m
-    spare = budget - (widest.peak_bytes - column * layout.num_weights)
-    return _plan("streamed", layout, m, stream, min(layout.num_weights, max(1, spare // column)))
+    # Beside the window stand two narrower ones in work, or a micro-batch of gradients: whichever is more.
+    column, columns = 4 * m, linalg.COLUMN_WINDOW
+    step, dual = _step_bytes(stream, layout, "streamed"), _dual_bytes(layout, m)
+    width = (budget - dual - 2 * column * columns) // column
+    if width < columns:
+        width = min((budget - dual) // (3 * column), columns)
+    width = min(width, (budget - step) // column, layout.num_weights)
+    return _plan("streamed", layout, m, stream, max(1, width))
 
 
 def _size(number: int) -> str:

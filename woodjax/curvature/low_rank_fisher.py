@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from woodjax import linalg
 from woodjax.curvature._blocked import Blocked, blocks_at_once, map_blocks
-from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping, damping_of_rows
+from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, check_damping, damping_of_rows, split_damping
 from woodjax.curvature.sums import Accumulator, accumulate, layout_of
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, make_layout
@@ -145,21 +145,17 @@ class GradientRows(Accumulator):
 
         Returns:
             The new state.
-
-        Raises:
-            ValueError: More rows than there is room for, where that is known.
         """
-        k, room = rows.shape[0], self.rows.shape[0]
-        new = k if fresh is None else jnp.sum(fresh, dtype=jnp.int32)
-        count = self.count + new
-        if not isinstance(count, jax.core.Tracer) and count > room:
-            raise ValueError(
-                f"{int(new)} rows do not fit behind {int(self.count)} of {room}: make the state with a larger "
-                "capacity, or merge it with a new one."
-            )
+        k = rows.shape[0]
+        count = self.count + (k if fresh is None else jnp.sum(fresh, dtype=jnp.int32))
         # Rows that are not fresh repeat the last ones of before: they are written over themselves.
         first = count - k
         return replace(self, rows=lax.dynamic_update_slice_in_dim(self.rows, rows, first, 0), count=count)
+
+    @property
+    def room(self) -> int:
+        """The capacity."""
+        return self.rows.shape[0]
 
     def _merged(self, other: Self) -> Self:
         room = self.rows.shape[0] + other.rows.shape[0]
@@ -245,10 +241,17 @@ def low_rank_fisher(
 
 
 def _factor(layout: Layout, rows: Float[Array, "m nb b"], damping: Damping) -> LowRankFisher:
-    check_damping(damping)
-    asked = damping_of_rows(rows, damping)
+    rule, number = split_damping(damping)
+    whitener, raised = _whiten(rows, number, rule=rule)
+    return LowRankFisher(layout, rows, whitener, raised)
+
+
+@partial(jax.jit, static_argnames="rule")
+def _whiten(
+    rows: Float[Array, "m nb b"], number: Float[Array, ""] | float, *, rule: Rule
+) -> tuple[linalg.Whitener, Int[Array, ""]]:
+    asked = damping_of_rows(rows, rule, number)
     grams = map_blocks(linalg.gram, rows)
     at_once = blocks_at_once(16 * rows.shape[0] ** 2)
     whitener = lax.map(lambda matrix: linalg.whiten(matrix, asked), grams, batch_size=at_once)
-    raised = jnp.sum(whitener.damping > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
-    return LowRankFisher(layout, rows, whitener, raised)
+    return whitener, jnp.sum(whitener.damping > 1.5 * jnp.asarray(asked), dtype=jnp.int32)

@@ -1,6 +1,7 @@
 """The questions that every curvature answers, and the one thing they all derive from them."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,20 @@ from jaxtyping import Array, Float, Int
 from woodjax import linalg
 from woodjax.tree import check_like
 from woodjax.typing import Masks, Params, Updates
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(method: F) -> F:
+    """`jax.jit` for a method of a pytree, with the method's own type.
+
+    Args:
+        method: Takes `self`, a pytree.
+
+    Returns:
+        The method, compiled once for each structure and shape.
+    """
+    return cast(F, jax.jit(method))
 
 
 @runtime_checkable

@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import blocks_at_once
-from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping, resolve_damping
+from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, resolve_damping, split_damping
+from woodjax.curvature.protocol import compiled
 from woodjax.curvature.sums import layout_of
 from woodjax.stream import GradientStream
 from woodjax.taps import Tap, TapRow, dense_leaves
@@ -41,19 +42,23 @@ class RowFisher:
     damping: Float[Array, " rows"]  # as used, of all rows of all leaves
     raised: Int[Array, ""]  # rows where it was raised
 
+    @compiled
     def inverse_diagonal(self) -> Params:
         """`[H⁻¹]_qq`; 0 on leaves that are not prunable."""
         rows = [jnp.diagonal(inverse, axis1=1, axis2=2) for inverse in self.inverses]
         return self._tree([jnp.where(row > 0, row, jnp.nan) for row in rows])
 
+    @compiled
     def solve(self, tree: Params) -> Params:
         """`H⁻¹v`: `2 · fan_in²` flops a row."""
         return self._map(lambda inverse, v: linalg.contract("ij,j->i", inverse, v), tree)
 
+    @compiled
     def matvec(self, tree: Params) -> Params:
         """`Hv`, by solving with the inverse: `fan_in³/3` flops a row."""
         return self._map(linalg.solve_cholesky, tree)
 
+    @compiled
     def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
         """Minimiser of `ḡᵀδ + ½δᵀHδ` with `δ_Q = −w_Q`: `fan_in³/3` flops a row."""
         if gradient is None:
@@ -107,15 +112,21 @@ def row_fisher(stream: GradientStream, *, damping: Damping = ONE_PERCENT, select
     """
     if not isinstance(stream, GradientStream):
         raise ValueError("row_fisher takes a stream of gradients: pass woodjax.stream_gradients(...).")
-    check_damping(damping)
+    rule, number = split_damping(damping)
     layout = layout_of(stream, block_size=None, select=select, batch_axes=0)
-    sums = row_sums(stream, layout)
-    fishers = [total / stream.num_rows for total in sums]
-    if stream.masks is not None:
-        kept = _rows(layout, stream.masks)
+    return _invert(row_sums(stream, layout), stream.masks, stream.num_rows, number, layout=layout, rule=rule)
+
+
+@partial(jax.jit, static_argnames=("layout", "rule"))
+def _invert(
+    sums: Sums, masks: Masks | None, m: int, number: Float[Array, ""] | float, *, layout: Layout, rule: Rule
+) -> RowFisher:
+    fishers = [total / m for total in sums]
+    if masks is not None:
+        kept = _rows(layout, masks)
         fishers = [jnp.where(k[:, :, None] & k[:, None, :], f, 0) for k, f in zip(kept, fishers, strict=True)]
     diagonals = [jnp.diagonal(fisher, axis1=1, axis2=2).reshape(-1) for fisher in fishers]
-    asked = resolve_damping(damping, lambda: jnp.concatenate(diagonals))
+    asked = resolve_damping(rule, number, lambda: jnp.concatenate(diagonals))
     results = [
         lax.map(
             lambda block: linalg.fisher_inverse(block, asked), fisher, batch_size=blocks_at_once(16 * fisher[0].size)

@@ -21,10 +21,10 @@ from woodjax import linalg
 from woodjax.curvature.damping import (
     ONE_PERCENT,
     Damping,
-    check_damping,
     check_halves,
     resolve_damping,
     spectrum_of_grams,
+    split_damping,
 )
 from woodjax.curvature.diagonal_fisher import DiagonalSums
 from woodjax.curvature.sums import accumulate, layout_of
@@ -135,7 +135,7 @@ def streamed_fisher(
         >>> wj.streamed_fisher(stream, window_size=1, damping=1.0).inverse_diagonal().tolist()
         [[0.5, 1.0]]
     """
-    check_damping(damping)
+    rule, number = split_damping(damping)
     if window_size < 1:
         raise ValueError(f"window_size is {window_size}: pass at least 1 column.")
     layout = layout_of(stream, block_size=None, select=select, batch_axes=batch_axes)
@@ -148,7 +148,7 @@ def streamed_fisher(
         (sums,) = accumulate(stream, (DiagonalSums.empty(layout),))
         return sums.squares / sums.count
 
-    asked = resolve_damping(damping, squares, lambda live: spectrum_of_grams(matrix[None], live))
+    asked = resolve_damping(rule, number, squares, lambda live: spectrum_of_grams(matrix[None], live))
     whitener = linalg.whiten(matrix, asked)
     return StreamedFisher(layout, width, stream, whitener, jnp.asarray(whitener.damping > 1.5 * asked, jnp.int32))
 

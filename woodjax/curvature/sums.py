@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from woodjax.curvature.damping import Damping, check_damping
+from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping
 from woodjax.curvature.protocol import Curvature
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, make_layout
@@ -32,7 +32,7 @@ class Accumulator(abc.ABC):
         """The state with those of the rows added that are fresh; None for all."""
 
     @abc.abstractmethod
-    def finalize(self, damping: Damping = ..., *, held_out: Any = None) -> Curvature:
+    def finalize(self, damping: Damping = ONE_PERCENT, *, held_out: Any = None) -> Curvature:
         """Factor once, into a curvature."""
 
     @abc.abstractmethod
@@ -49,9 +49,21 @@ class Accumulator(abc.ABC):
             The new state.
 
         Raises:
-            ValueError: A leaf that does not have the shape of the parameters that the state was made for.
+            ValueError: A leaf that does not have the shape of the parameters that the state was made for; more
+                rows than there is room for.
         """
-        return self.add_rows(self.layout.to_blocks(gradients))
+        new = len(jax.tree.leaves(gradients)[0])
+        if self.room is not None and not isinstance(self.count, jax.core.Tracer) and self.count + new > self.room:
+            raise ValueError(
+                f"{new} rows do not fit behind {int(self.count)} of {self.room}: make the state with a larger "
+                "capacity, or merge it with a new one."
+            )
+        return _add(self, gradients)
+
+    @property
+    def room(self) -> int | None:
+        """Rows that the state can hold; None for sums, which take any number."""
+        return None
 
     def merge(self, other: Self) -> Self:
         """The state of the rows of both, as if all had been added to one.
@@ -138,9 +150,19 @@ def accumulate(gradients: Gradients | GradientStream, states: tuple[S, ...]) -> 
     """
     if isinstance(gradients, GradientStream):
         return gradients.fold(add_microbatch, states)
-    rows = states[0].layout.to_blocks(gradients)
     if len(states) == 1:
-        return (states[0].add_rows(rows),)
+        return (_add(states[0], gradients),)
+    return _add_in_turn(states, gradients)
+
+
+@jax.jit
+def _add(state: S, gradients: Gradients) -> S:
+    return state.add_rows(state.layout.to_blocks(gradients))
+
+
+@jax.jit
+def _add_in_turn(states: tuple[S, ...], gradients: Gradients) -> tuple[S, ...]:
+    rows = states[0].layout.to_blocks(gradients)
     return _in_turn(states, rows, jnp.arange(rows.shape[0]), jnp.ones(rows.shape[0], bool))
 
 
