@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
+# XLA's Cholesky on CPU is OpenBLAS's: its spinning threads would keep the cores from XLA's own.
+export OPENBLAS_NUM_THREADS ?= 1
+
 .PHONY: demo test unit lint types floors clean
 
 demo: $(VENV)/.ready

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from records import Recorder, parser
+from records import Recorder, parser, pin_blas
 from rich.progress import Progress
 from workloads import Workload, workload
 
@@ -23,113 +23,106 @@ import woodjax as wj
 from woodjax import linalg
 
 DAMPINGS = [10.0**-power for power in range(1, 9)]
-ENGINES = ("scan", "rank_k", "primal", "dual")
+ENGINES = ("scan", "rank_k", "primal", "dual", "factored")
 
 
-def seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """Time of one call."""
     start = time.perf_counter()
-    jax.block_until_ready(function())
+    jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start
 
 
-def times(functions: list[Callable[[], Any]], repeats: int) -> np.ndarray:
-    """`[repeats, functions]` seconds, in turn, after a call of each that compiles."""
-    for function in functions:
-        seconds(function)
-    return np.array([[seconds(function) for function in functions] for _ in range(repeats)])
+def times(calls: list[tuple[Any, ...]], repeats: int) -> np.ndarray:
+    """`[repeats, calls]` seconds of `(function, *arguments)`, in turn, after a call of each that compiles."""
+    for call in calls:
+        seconds(*call)
+    return np.array([[seconds(*call) for call in calls] for _ in range(repeats)])
 
 
 def matmul_rate(size: int = 2048) -> float:
     """Flops a second of a float32 product of the machine, the best of ten."""
     a = jax.random.normal(jax.random.key(0), (size, size))
     product = jax.jit(lambda x: linalg.contract("ij,jk->ik", x, x))
-    return 2 * size**3 / times([lambda: product(a)], 10).min()
+    return 2 * size**3 / times([(product, a)], 10).min()
 
 
-def write_rate(megabytes: int = 256) -> float:
-    """Bytes a second that the machine writes to fresh memory, the best of ten."""
-    fill = jax.jit(lambda x: jnp.full(megabytes * 2**18, x))
-    return megabytes * 2**20 / times([lambda: fill(1.0)], 10).min()
+def write_rate(size: int) -> float:
+    """Bytes a second that the machine writes to a new array of that many bytes, the best of ten."""
+    fill = jax.jit(lambda x: jnp.full(size // 4, x))
+    return size / times([(fill, 1.0)], 10).min()
 
 
-def build(engine: str, block_size: int) -> Callable[[Any], wj.BlockFisher]:
-    """Compiled dense engine."""
-    return jax.jit(partial(wj.block_fisher, block_size=block_size, damping=0.1, engine=engine))
+def build(engine: str, block_size: int) -> Callable[[Any], wj.Curvature]:
+    """Compiled engine."""
+    return jax.jit(partial(wj.empirical_fisher, block_size=block_size, damping=0.1, engine=engine))
+
+
+def answers(engine: str, block_size: int) -> Callable[[Any, Any], Any]:
+    """Compiled engine with the diagonal and one product."""
+
+    def run(gradients: Any, vector: Any) -> Any:
+        fisher = build(engine, block_size)(gradients)
+        return fisher.inverse_diagonal(), fisher.solve(vector)
+
+    return jax.jit(run)
+
+
+def flops(engine: str, m: int, b: int) -> float:
+    """Of one block; the last one with the diagonal and one product."""
+    return {
+        "scan": 4 * m * b * b,
+        "rank_k": 4 * m * b * b + 2 * m * 32 * (b + 32),
+        "primal": 2 * m * b * b + 2 * b**3,
+        "dual": 3 * m * m * b + 2 * m**3 / 3 + 2 * m * b * b,
+        "factored": 2.5 * m * m * b + 2 * m**3 / 3 + 4 * m * b,
+    }[engine]
+
+
+def against_scan(record: Recorder, engine: str, form: str, m: int, b: int, blocks: int, repeats: int) -> None:
+    """One ratio: the scan's time over the engine's."""
+    gradients = {"w": jax.random.normal(jax.random.key(0), (m, blocks, b))}
+    if form == "inverse":
+        calls = [(build(name, b), gradients) for name in ("scan", engine)]
+    else:
+        calls = [(answers(name, b), gradients, {"w": jnp.ones((blocks, b))}) for name in ("scan", engine)]
+    found = times(calls, repeats)
+    config = {
+        "form": form,
+        "b": b,
+        "m": m,
+        "blocks": blocks,
+        "flops": blocks * flops(engine, m, b),
+        "scan_flops": blocks * flops("scan", m, b),
+        "bytes": 4 * blocks * (m * b + (b * b if form == "inverse" else 3 * m * b)),
+        "seconds": float(np.median(found[:, 1])),
+        "scan_seconds": float(np.median(found[:, 0])),
+    }
+    ratio = float(np.median(found[:, 0] / found[:, 1]))
+    record.add("speedup_vs_scan", ratio, "ratio", method=engine, column=None, config=config)
 
 
 def speed(record: Recorder, quick: bool) -> None:
     """Every engine against the rank-1 scan: the full inverse, and the diagonal with one product."""
-    repeats = 3 if quick else 5
-    for b, m, blocks in [(64, 256, 64), (512, 100, 2)] if quick else [(64, 1024, 512), (2048, 400, 4)]:
-        rows = {"w": jax.random.normal(jax.random.key(0), (m, blocks, b))}
-        vector = {"w": jnp.ones((blocks, b))}
-        flops = {
-            "rank_k": 4 * m * b * b + 2 * m * 32 * (b + 32),
-            "primal": 2 * m * b * b + 2 * b**3,
-            "dual": 3 * m * m * b + 2 * m**3 / 3 + 2 * m * b * b,
-        }
-        scan = build("scan", b)
-        for engine, count in flops.items():
-            if engine == "dual" and m > b:
-                continue
-            fast = build(engine, b)
-            found = times([lambda: scan(rows), lambda fast=fast: fast(rows)], repeats)
-            config = {
-                "form": "inverse",
-                "b": b,
-                "m": m,
-                "blocks": blocks,
-                "flops": blocks * count,
-                "bytes": 4 * blocks * (m * b + b * b),
-                "scan_flops": blocks * 4 * m * b * b,
-                "seconds": float(np.median(found[:, 1])),
-                "scan_seconds": float(np.median(found[:, 0])),
-            }
-            ratio = float(np.median(found[:, 0] / found[:, 1]))
-            record.add("speedup_vs_scan", ratio, "ratio", method=engine, column=None, config=config)
-        if m > b:
-            continue
-
-        def answers(fisher: wj.Curvature, v: Any) -> tuple[Any, Any]:
-            return fisher.inverse_diagonal(), fisher.solve(v)
-
-        dense = jax.jit(lambda g, v, b=b: answers(wj.block_fisher(g, block_size=b, damping=0.1, engine="scan"), v))
-        factored = jax.jit(lambda g, v, b=b: answers(wj.low_rank_fisher(g, block_size=b, damping=0.1), v))
-        found = times([lambda: dense(rows, vector), lambda: factored(rows, vector)], repeats)
-        config = {
-            "form": "diagonal_and_product",
-            "b": b,
-            "m": m,
-            "blocks": blocks,
-            "flops": blocks * (2.5 * m * m * b + 2 * m**3 / 3 + 4 * m * b),
-            "bytes": 4 * blocks * 4 * m * b,
-            "scan_flops": blocks * 4 * m * b * b,
-            "seconds": float(np.median(found[:, 1])),
-            "scan_seconds": float(np.median(found[:, 0])),
-        }
-        ratio = float(np.median(found[:, 0] / found[:, 1]))
-        record.add("speedup_vs_scan", ratio, "ratio", method="factored", column=None, config=config)
+    for b, m, blocks in [(64, 256, 64), (512, 100, 2)] if quick else [(64, 1024, 512), (2048, 400, 4), (2048, 400, 1)]:
+        for engine in ("rank_k", "primal", *(["dual"] if m < b else [])):
+            against_scan(record, engine, "inverse", m, b, blocks, 3 if quick else 5)
+        if m < b:
+            against_scan(record, "factored", "diagonal_and_product", m, b, blocks, 3 if quick else 5)
 
 
 def crossovers(record: Recorder, quick: bool) -> None:
-    """Seconds of every dense engine and of the factored one over a grid of rows and block sizes."""
-    sizes = (64, 256) if quick else (32, 128, 512, 2048)
-    for b in sizes:
+    """Seconds of the curvature, its diagonal and one product, over a grid of rows and block sizes."""
+    for b in (64, 256) if quick else (32, 128, 512, 2048):
         blocks = max(1, (2**12 if quick else 2**13) // b)
-        for m in sorted({max(8, int(part * b)) for part in (0.1, 0.25, 0.5, 0.75, 1, 1.5, 4)} - ({4 * 2048})):
+        for part in (0.125, 0.25, 0.5, 0.75, 1, 1.5, 3):
+            m = max(4, int(part * b))
             rows = jax.random.normal(jax.random.key(0), (m, blocks, b))
-            gradients, vector = {"w": rows}, {"w": rows[0]}
-            forms = {engine: build(engine, b) for engine in ("primal", "dual")}
-            forms["factored"] = jax.jit(partial(wj.low_rank_fisher, block_size=b, damping=0.1))
-            asked = [
-                lambda f=f: (fisher := f(gradients), fisher.inverse_diagonal(), fisher.solve(vector))[1:]
-                for f in forms.values()
-            ]
-            best = times(asked, 3).min(axis=0)
-            for engine, value in zip(forms, best, strict=True):
+            engines = ("scan", "primal", "dual", "factored")
+            found = times([(answers(engine, b), {"w": rows}, {"w": rows[0]}) for engine in engines], 3)
+            for engine, value in zip(engines, found.min(axis=0), strict=True):
                 config = {"b": b, "m": m, "blocks": blocks}
-                record.add("seconds_build_diagonal_product", value, "s", method=engine, column=None, config=config)
+                record.add("seconds_with_answers", float(value), "s", method=engine, column=None, config=config)
 
 
 def gradients(record: Recorder, work: Workload, quick: bool) -> float:
@@ -140,13 +133,8 @@ def gradients(record: Recorder, work: Workload, quick: bool) -> float:
     k = work.microbatch_size
     chunks = [jax.tree.map(lambda x, i=i: x[i : i + k], batch) for i in range(0, work.examples - k + 1, k)]
     whole = jax.tree.map(lambda x: x[: k * len(chunks)], batch)
-    found = times(
-        [
-            lambda: wj.per_example_gradients(loss_fn, params, whole, microbatch_size=k, check=False),
-            lambda: [mean(params, chunk) for chunk in chunks],
-        ],
-        3 if quick else 5,
-    )
+    rows = partial(wj.per_example_gradients, loss_fn, microbatch_size=k, check=False)
+    found = times([(rows, params, whole), (lambda p: [mean(p, chunk) for chunk in chunks], params)], 3 if quick else 5)
     layout = wj.make_layout(params)
     size = 4 * k * len(chunks) * sum(leaf.size for leaf in layout.leaves)
     config = {
@@ -158,7 +146,7 @@ def gradients(record: Recorder, work: Workload, quick: bool) -> float:
     }
     ratio = float(np.median(found[:, 0] / found[:, 1]))
     record.add("per_example_over_batch_gradient", ratio, "ratio", method=work.name, column=None, config=config)
-    fraction = size / found[:, 0].min() / write_rate()
+    fraction = size / found[:, 0].min() / write_rate(size)
     record.add("write_rate_fraction", float(fraction), "ratio", method=work.name, column=None, config=config)
     return float(np.median(found[:, 0]))
 
@@ -172,14 +160,8 @@ def stage(record: Recorder, work: Workload, gradient_seconds: float, quick: bool
     fisher = make(rows)
     scores = score(work.params, fisher)
     masks = wj.make_masks(scores, 0.9)
-    found = times(
-        [
-            lambda: make(rows),
-            lambda: score(work.params, fisher),
-            lambda: update(work.params, masks, fisher),
-        ],
-        3 if quick else 5,
-    )
+    calls = [(make, rows), (score, work.params, fisher), (update, work.params, masks, fisher)]
+    found = times(calls, 3 if quick else 5)
     parts = np.median(found, axis=0)
     m, d = work.examples, fisher.layout.num_weights
     names = ("curvature", "scores", "update")
@@ -197,7 +179,7 @@ def stage(record: Recorder, work: Workload, gradient_seconds: float, quick: bool
         ),
     }
     for name, (function, arguments) in products.items():
-        best = times([lambda f=function, a=arguments: f(*a)], 3 if quick else 5).min()
+        best = times([(function, *arguments)], 3 if quick else 5).min()
         flops = 1.25 * m * m * d  # the panels of a triangle
         config = {"m": m, "d": d, "flops": flops, "bytes": 4 * m * d, "seconds": best, "flops_a_second": rate}
         record.add("matmul_rate_fraction", flops / best / rate, "ratio", method=name, column=None, config=config)
@@ -210,7 +192,7 @@ def path(record: Recorder, work: Workload) -> None:
     fisher = wj.low_rank_fisher(rows)
     masks = wj.make_masks(wj.obs_scores(work.params, fisher), 0.9)
     update = jax.jit(lambda p, k, f: wj.predicted_loss_change(wj.compensate(p, k, f), f))
-    found = times([lambda: wj.sparsity_path(work.params, fisher), lambda: update(work.params, masks, fisher)], 3)
+    found = times([(wj.sparsity_path, work.params, fisher), (update, work.params, masks, fisher)], 3)
     config = {"network": work.name, "examples": work.examples, "levels": 100, "seconds": float(found[:, 0].min())}
     value = float(np.median(found[:, 0] / found[:, 1]))
     record.add("path_over_one_update", value, "ratio", method="sparsity_path", column=None, config=config)
@@ -241,7 +223,7 @@ def errors(record: Recorder, work: Workload, quick: bool) -> None:
         largest = np.linalg.eigvalsh(exact.T @ exact / len(exact))[-1]
         for damping in DAMPINGS[::3] if quick else DAMPINGS:
             inverse = np.linalg.inv(damping * np.eye(b) + exact.T @ exact / len(exact))
-            for engine in (*ENGINES, "factored"):
+            for engine in ENGINES:
                 fisher = wj.empirical_fisher(tree, block_size=b, engine=engine, damping=damping)
                 diagonal = np.asarray(fisher.inverse_diagonal()["w"])[0]
                 solved = np.asarray(fisher.solve({"w": jnp.asarray(vector, jnp.float32)[None]})["w"])[0]
@@ -262,6 +244,7 @@ def main() -> int:
     parts = ("speed", "crossovers", "gradients", "memory", "path", "errors")
     options.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to run")
     args = options.parse_args()
+    pin_blas()
     if not args.quick and args.data_dir is None:
         options.error("--data-dir with MNIST, CIFAR-10 and checkpoints is needed without --quick")
     record = Recorder(args.json, "engines", "mlpnet, resnet20", "random" if args.quick else "mnist, cifar10-subset")

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,17 @@ def parser(description: str) -> argparse.ArgumentParser:
 def seeds(text: str) -> list[int]:
     """Read `0,1,2`."""
     return [int(word) for word in text.split(",")]
+
+
+def pin_blas() -> None:
+    """Start again with OpenBLAS on one thread, unless that was chosen.
+
+    XLA calls its Cholesky on CPU. Its threads wait by spinning, and on a machine with few cores they keep them from
+    XLA's own: factors then take many times longer.
+    """
+    if "OPENBLAS_NUM_THREADS" not in os.environ:
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
 class Recorder:

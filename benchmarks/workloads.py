@@ -34,9 +34,10 @@ def workload(name: str, data_dir: Path | None, quick: bool) -> Workload:
         }[name]
         problem = load_problem(dataset, data_dir=data_dir, network=name, weights=data_dir / "checkpoints" / weights)
         return Workload(name, problem.loss_fn, problem.params, problem.pool, 1000)
-    make, shape, examples = {"mlpnet": (mlpnet, (784,), 256), "resnet20": (resnet20, (32, 32, 3), 64)}[name]
+    make, shape, examples = {"mlpnet": (mlpnet, (784,), 1000), "resnet20": (resnet20, (32, 32, 3), 64)}[name]
     model = make(nnx.Rngs(0))
     model.eval()
     apply_fn, params = functional(model)
     inputs = jax.random.normal(jax.random.key(0), (examples, *shape))
-    return Workload(name, cross_entropy(apply_fn), params, (inputs, jnp.arange(examples) % 10), examples)
+    batch = inputs, jnp.arange(examples) % 10
+    return Workload(name, cross_entropy(apply_fn), params, batch, min(examples, 256))

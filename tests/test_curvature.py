@@ -233,3 +233,13 @@ def test_another_tree_is_refused(name):
         curvature.solve({"w": np.ones((3, 3))})
     with pytest.raises(ValueError, match="Tree structure"):
         curvature.solve({"v": np.ones((2, 2))})
+
+
+@pytest.mark.parametrize("engine", ["scan", "rank_k", "dual"])
+def test_predictions_stay_finite_where_the_damping_is_tiny(engine):
+    rng = np.random.default_rng(0)
+    gradients = {"w": jnp.asarray(10 * rng.standard_normal((24, 8, 8)), jnp.float32)}
+    params = {"w": jnp.asarray(rng.standard_normal((8, 8)), jnp.float32)}
+    fisher = wj.block_fisher(gradients, block_size=64, damping=1e-5, engine=engine)
+    step = wj.compensate(params, wj.make_masks(wj.obs_scores(params, fisher), 0.5), fisher)
+    assert np.isfinite(wj.predicted_loss_change(step, fisher))

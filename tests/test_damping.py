@@ -40,7 +40,7 @@ for_each = pytest.mark.parametrize("name", BUILDERS)
 def test_relative_damping_is_a_fraction_of_the_mean_diagonal_of_live_weights(name, m):
     build, options = BUILDERS[name]
     rows = draw(m, dead=(3, 4))
-    expected = 0.1 * np.mean(rows[:, np.arange(20) // 1 != 3][:, np.arange(19) != 3] ** 2)
+    expected = 0.1 * np.mean(np.delete(rows, [3, 4], axis=1) ** 2)
     assert damping_of(build, rows, wj.Relative(0.1), **options) == pytest.approx(expected, rel=1e-5)
 
 
@@ -81,6 +81,24 @@ def test_automatic_damping_is_the_most_likely(name, m):
     found = damping_of(build, rows, "auto", **options)
     assert total(found) == pytest.approx(best, abs=1e-2)  # the search is 3 % fine
     assert total(10 * found) > best + 0.01 or total(found / 10) > best + 0.01  # the test can tell
+
+
+@pytest.mark.parametrize("build", [wj.block_fisher, wj.low_rank_fisher, wj.diagonal_fisher])
+@pytest.mark.parametrize("damping", [wj.Relative(0.1), "auto"])
+def test_a_broken_leaf_does_not_take_the_damping_along(build, damping):
+    options = {} if build is wj.diagonal_fisher else {"block_size": 20}
+    sound = {"a": tree(draw(30)), "b": tree(draw(30, seed=1))}
+    broken = sound | {"b": sound["b"].at[0, 0, 0].set(jnp.nan)}
+    alone = build({"a": sound["a"]}, damping=damping, **options).damping[0]
+    found = build(broken, damping=damping, **options)
+    assert 0.2 < float(found.damping[0]) / float(alone) < 5
+    assert np.isfinite(found.inverse_diagonal()["a"]).all()
+    assert np.isnan(found.inverse_diagonal()["b"]).any()
+
+
+def test_a_fraction_may_be_any_number():
+    assert wj.Relative(jnp.float32(0.5)) == wj.Relative(0.5)
+    assert hash(wj.Relative(jnp.float32(0.5))) == hash(wj.Relative(0.5))
 
 
 @for_each

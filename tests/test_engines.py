@@ -1,8 +1,11 @@
 """One call for all engines: the same matrix, the engine that suits, a budget that holds or a refusal that helps."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import woodjax as wj
@@ -52,6 +55,58 @@ def test_every_engine_by_name_stands_for_the_same_matrix(engine):
         (found.solve(vector), reference.solve(vector)),
     ):
         np.testing.assert_allclose(ours["w"], theirs["w"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["scan", "rank_k", "primal", "dual", "factored", "streamed"])
+def test_the_whole_network_is_one_block_for_every_engine(engine):
+    rng = np.random.default_rng(0)
+    rows = {"a": rng.standard_normal((7, 4, 3)), "b": rng.standard_normal((7, 3, 2))}
+    rows = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), rows)
+    params = jax.tree.map(lambda g: jnp.ones_like(g[0]), rows)
+    two_leaves = lambda p, e: jnp.vdot(p["a"], e["a"]) + jnp.vdot(p["b"], e["b"])
+    found = wj.empirical_fisher(wj.stream_gradients(two_leaves, params, rows), engine=engine, damping=0.1)
+    flat = np.concatenate([np.asarray(rows["a"]).reshape(7, -1), np.asarray(rows["b"]).reshape(7, -1)], axis=1)
+    expected = np.diag(np.linalg.inv(oracle.fisher(flat, 0.1)))
+    diagonal = found.inverse_diagonal()
+    np.testing.assert_allclose(np.concatenate([diagonal["a"].ravel(), diagonal["b"].ravel()]), expected, rtol=1e-3)
+
+
+def test_a_budget_fits_windows_also_when_the_engine_is_named():
+    whole = wj.estimate(stream(50, (40, 1000)), engine="streamed")
+    plan = wj.estimate(stream(50, (40, 1000)), engine="streamed", memory_budget=whole.peak_bytes // 3)
+    assert plan.window_size < whole.window_size == 40_000
+
+
+def test_automatic_damping_takes_more_memory():
+    gradients = {"w": jax.ShapeDtypeStruct((200, 512, 512), jnp.float32)}
+    plain, auto = (wj.estimate(gradients, block_size=128, damping=damping) for damping in (0.1, "auto"))
+    assert auto.peak_bytes > 1.5 * plain.peak_bytes
+
+
+def test_nothing_is_compiled_again():
+    gradients, vector = draw(20), {"w": draw(1)["w"][0]}
+
+    def everything():
+        for damping in (0.1, wj.Relative(0.1), "auto"):
+            for options in ({"block_size": 8}, {"block_size": 8, "engine": "dual"}, {"block_size": None}):
+                fisher = wj.empirical_fisher(gradients, damping=damping, **options)
+                fisher.inverse_diagonal(), fisher.solve(vector), fisher.compensate(vector, {"w": vector["w"] > 0})
+
+    everything()
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr(logging.getLogger("jax._src.interpreters.pxla"), "handlers", [_Collect(compiled)])
+        everything()
+    assert not compiled
+
+
+class _Collect(logging.Handler):
+    def __init__(self, messages):
+        super().__init__(logging.WARNING)
+        self.messages = messages
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
 
 
 def test_a_quarter_of_the_memory_gives_the_same_curvature():

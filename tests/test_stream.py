@@ -92,6 +92,48 @@ def test_bad_streams(change, message):
         wj.stream_gradients(**arguments)
 
 
+def test_bad_questions():
+    params, batch = problem(6)
+    stream = wj.stream_gradients(loss_fn, params, batch)
+    with pytest.raises(ValueError, match="expected one for each of 6 rows"):
+        stream.combine(jnp.ones(5))
+    with pytest.raises(ValueError, match="vector: leaf 'b' has shape"):
+        stream.products(params | {"b": jnp.ones(3)})
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    with pytest.raises(ValueError, match="masks: leaf 'b' has shape"):
+        wj.stream_gradients(loss_fn, params, batch, masks=masks | {"b": jnp.ones(1, bool)})
+    with pytest.raises(ValueError, match="masks are bool"):
+        wj.stream_gradients(loss_fn, params, batch, masks=masks | {"b": jnp.ones(4, int)})
+
+
+def test_bfloat16_parameters_are_multiplied_in_float32():
+    params, batch = problem(40)
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    stream = wj.stream_gradients(loss_fn, narrow, batch)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
+    exact = wj.low_rank_fisher(wj.per_example_gradients(loss_fn, wide, batch), damping=1e-3)
+    direction = stream.combine(jnp.ones(40) / 40)
+    found = wj.streamed_fisher(stream, window_size=5, damping=1e-3).solve(direction)
+    expected = exact.solve(direction)
+    np.testing.assert_allclose(found["w1"], expected["w1"], rtol=0.2, atol=0.05 * np.abs(expected["w1"]).max())
+
+
+def test_float64_mode():
+    params, batch = problem(6)
+    try:
+        jax.config.update("jax_enable_x64", True)
+        stream = wj.stream_gradients(loss_fn, params, batch, microbatch_size=4)
+        for fisher in (
+            wj.low_rank_fisher(stream, damping=0.1),
+            wj.streamed_fisher(stream, window_size=5, damping=0.1),
+            wj.block_fisher(stream, block_size=3, damping=0.1),
+            wj.row_fisher(stream, damping=0.1),
+        ):
+            assert fisher.solve(params)["w1"].dtype == jnp.float32
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 def test_engines_that_need_rows_or_windows_say_so():
     params, batch = problem(6)
     stream = wj.stream_gradients(loss_fn, params, batch)

@@ -114,6 +114,15 @@ def test_rows_of_another_shape_are_refused(kind):
         init(SHAPES).add({"bias": jnp.zeros((2, 3)), "kernel": jnp.zeros((2, 4, 4))})
 
 
+@for_each
+def test_one_gradient_without_an_example_axis_is_refused(kind):
+    init, _ = KINDS[kind]
+    with pytest.raises(ValueError, match=r"leading sizes|has shape"):
+        init(SHAPES).add(PARAMS)
+    with pytest.raises(ValueError, match="Leaf 'bias' is int32"):
+        init(SHAPES).add(jax.tree.map(lambda g: g.astype(int), draw(3)))
+
+
 @pytest.mark.parametrize("kind", ["block", "diagonal"])
 def test_automatic_damping_of_sums_asks_for_held_out_ones(kind):
     init, build = KINDS[kind]
@@ -135,5 +144,8 @@ def test_rows_that_do_not_fit_are_refused():
         wj.GradientRows.init(SHAPES, capacity=0)
     with pytest.raises(ValueError, match="by themselves"):
         state.finalize(0.1, held_out=state)
+    spilled = jax.jit(lambda s, g: s.add(g))(state, draw(10))
+    with pytest.raises(ValueError, match="25 rows were added inside jit to a state with room for 20"):
+        spilled.finalize(0.1)
     with pytest.raises(ValueError, match="outside jit"):
         jax.jit(lambda s: s.finalize(0.1))(state)

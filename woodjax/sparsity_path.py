@@ -72,7 +72,7 @@ def sparsity_path(
 
     Cost:
         For a `LowRankFisher` one Gram matrix and `2m³/3` flops a level; for others one
-        `curvature.compensate` a level. Memory: two bytes a weight.
+        `curvature.compensate` a level. The path keeps two bytes a weight.
 
     References:
         Frantar & Alistarh, OBC, 2022 (arXiv 2208.11580), section 5: one trace serves every budget.
@@ -107,7 +107,6 @@ def _predict(params: Params, curvature: Curvature, path: SparsityPath) -> Float[
     return jnp.stack([_predict_one(params, curvature, path.masks(number)) for number in range(levels)])
 
 
-@jax.jit
 def _predict_one(params: Params, curvature: Curvature, masks: Masks) -> Float[Array, ""]:
     return predicted_loss_change(compensate(params, masks, curvature), curvature)
 

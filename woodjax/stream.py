@@ -11,7 +11,7 @@ A `GradientStream` stands for the rows `G [m, d]`. It answers in micro-batches:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax.gradients import LossRow, batch_size, group_examples
 from woodjax.probe import check_loss
-from woodjax.tree import apply_masks, check_floating
+from woodjax.tree import apply_masks, check_bool, check_floating, check_like, wide_dtype
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
 
 State = TypeVar("State")
@@ -31,7 +31,7 @@ State = TypeVar("State")
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["params", "batch", "masks"],
-    meta_fields=["loss_fn", "microbatch_size", "examples_per_gradient"],
+    meta_fields=["loss_fn", "microbatch_size", "examples_per_gradient", "precision"],
 )
 @dataclass(frozen=True)
 class GradientStream:
@@ -43,6 +43,7 @@ class GradientStream:
     loss_fn: LossFn
     microbatch_size: int
     examples_per_gradient: int
+    precision: str | None = None  # of the model's own matrix products; None leaves it to JAX
 
     @property
     def num_rows(self) -> int:
@@ -63,6 +64,15 @@ class GradientStream:
     def loss_row(self) -> LossRow:
         """Loss and gradient of one row."""
         return LossRow(self.loss_fn, self.examples_per_gradient > 1)
+
+    def precise(self) -> "GradientStream":
+        """The same rows in at least float32, products of the model included.
+
+        For who divides differences of products with them by a small damping: rows that are computed in
+        windows, products and combinations must be those of one matrix.
+        """
+        params = jax.tree.map(lambda w: w.astype(jnp.promote_types(w.dtype, jnp.float32)), self.params)
+        return replace(self, params=params, precision="highest")
 
     def collect(self) -> Gradients:
         """All rows: a params-tree whose leaves are `[m, *leaf.shape]`."""
@@ -119,10 +129,15 @@ class GradientStream:
 
         Returns:
             `[m]`.
+
+        Raises:
+            ValueError: Another tree than the parameters.
         """
+        check_like(vector, self.params, "vector")
         arguments = self.params, self.rows, self.masks, vector
         return self._loop(
-            lambda s, start: _products_step(s, *arguments, start, stream=self._static()), jnp.zeros(self.num_rows)
+            lambda s, start: _products_step(s, *arguments, start, stream=self._static()),
+            jnp.zeros(self.num_rows, wide_dtype(self.params)),
         )
 
     def combine(self, coefficients: Float[Array, " m"]) -> Params:
@@ -133,7 +148,14 @@ class GradientStream:
 
         Returns:
             A params-tree.
+
+        Raises:
+            ValueError: Not `m` coefficients.
         """
+        if jnp.shape(coefficients) != (self.num_rows,):
+            raise ValueError(
+                f"coefficients have shape {jnp.shape(coefficients)}, expected one for each of {self.num_rows} rows."
+            )
         arguments = self.params, self.rows, self.masks, coefficients
         empty = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
         return self._loop(lambda s, start: _combine_step(s, *arguments, start, stream=self._static()), empty)
@@ -148,7 +170,7 @@ class GradientStream:
         return state
 
     def _static(self) -> "_Static":
-        return _Static(self.loss_row, self.rows_at_once, self.num_rows)
+        return _Static(self.loss_row, self.rows_at_once, self.num_rows, self.precision)
 
 
 def stream_gradients(
@@ -191,6 +213,9 @@ def stream_gradients(
     """
     check_floating(params)
     group_examples(batch, examples_per_gradient)
+    if masks is not None:
+        check_like(masks, params, "masks")
+        check_bool(masks, "masks")
     if microbatch_size < 1:
         raise ValueError(f"microbatch_size is {microbatch_size}: pass at least 1.")
     try:
@@ -199,6 +224,7 @@ def stream_gradients(
         raise ValueError("The loss cannot be hashed, which jit needs to know it again: pass a function.") from error
     if check:
         check_loss(loss_fn, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
+    params, batch, masks = jax.tree.map(jnp.asarray, (params, batch, masks))  # once, not at every micro-batch
     return GradientStream(params, batch, masks, loss_fn, microbatch_size, examples_per_gradient)
 
 
@@ -209,6 +235,7 @@ class _Static:
     row: LossRow
     rows_at_once: int
     num_rows: int
+    precision: str | None
 
     def losses(self, params: Params, chunk: Batch) -> Float[Array, " k"]:
         return jax.vmap(self.row.loss, in_axes=(None, 0))(params, chunk)
@@ -238,7 +265,8 @@ def _fold_step(
     stream: _Static,
 ) -> Any:
     chunk, first, fresh = stream.take(rows, start)
-    gradients = jax.vmap(row or stream.row, in_axes=(None, 0))(params, chunk)
+    with jax.default_matmul_precision(stream.precision):
+        gradients = jax.vmap(row or stream.row, in_axes=(None, 0))(params, chunk)
     if masks is not None and row is None:
         gradients = apply_masks(gradients, masks)
     return step(state, gradients, first, fresh)
@@ -251,7 +279,8 @@ def _products_step(
     chunk, first, _ = stream.take(rows, start)
     along = vector if masks is None else apply_masks(vector, masks)
     tangent = jax.tree.map(lambda v, w: v.astype(w.dtype), along, params)
-    _, slopes = jax.jvp(lambda p: stream.losses(p, chunk), (params,), (tangent,))
+    with jax.default_matmul_precision(stream.precision):
+        _, slopes = jax.jvp(lambda p: stream.losses(p, chunk), (params,), (tangent,))
     return lax.dynamic_update_slice_in_dim(result, slopes.astype(result.dtype), first, 0)
 
 
@@ -267,7 +296,8 @@ def _combine_step(
     stream: _Static,
 ) -> Params:
     (chunk, weights), _, fresh = stream.take((rows, coefficients), start)
-    gradient = jax.grad(lambda p: jnp.dot(jnp.where(fresh, weights, 0), stream.losses(p, chunk)))(params)
+    with jax.default_matmul_precision(stream.precision):
+        gradient = jax.grad(lambda p: jnp.dot(jnp.where(fresh, weights, 0), stream.losses(p, chunk)))(params)
     if masks is not None:
         gradient = apply_masks(gradient, masks)
     return jax.tree.map(jnp.add, result, gradient)

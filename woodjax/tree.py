@@ -237,6 +237,19 @@ def make_layout(
     return Layout(treedef, specs, size, block_size is None)
 
 
+def wide_dtype(tree: PyTree) -> jnp.dtype:
+    """The dtype in which the leaves of a tree are computed with: that of the widest, at least float32.
+
+    Args:
+        tree: Arrays, shapes of them, or an object with arrays such as a stream.
+
+    Returns:
+        A floating dtype.
+    """
+    floating = [x for x in map(jnp.result_type, jax.tree.leaves(tree)) if jnp.issubdtype(x, jnp.floating)]
+    return jnp.result_type(jnp.float32, *floating)
+
+
 def check_floating(params: PyTree) -> None:
     """Raise unless every leaf is a floating array, or the shape of one.
 

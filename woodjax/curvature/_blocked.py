@@ -102,6 +102,46 @@ def map_blocks(function: Callable[..., Any], rows: Float[Array, "m nb b"], *per_
     return lax.map(one, (jnp.arange(nb), *per_block), batch_size=at_once if at_once > 1 else None)
 
 
+def map_chunks(function: Callable[..., Any], per_block: Any, bytes_each: int) -> Any:
+    """Apply a function of one block to every block, several at once, within a bounded workspace.
+
+    The last chunk is filled up with copies of the first block instead of being a program of its own:
+    jaxlib 0.10 on a CPU of few cores deadlocks where two batched LAPACK calls run at the same time.
+
+    Args:
+        function: `function(leaves)`, for one block.
+        per_block: A tree of arrays with a leading axis `[nb]`.
+        bytes_each: Workspace of one block.
+
+    Returns:
+        What the function returns, with a leading axis `[nb]`.
+    """
+    nb = jax.tree.leaves(per_block)[0].shape[0]
+    chunk = min(nb, blocks_at_once(bytes_each))
+    if chunk == nb:
+        return jax.vmap(function)(per_block)
+    index = jnp.arange(-(-nb // chunk) * chunk) % nb
+
+    def several(numbers: Array) -> Any:
+        return jax.vmap(function)(jax.tree.map(lambda x: jnp.take(x, numbers, axis=0), per_block))
+
+    parts = lax.map(several, index.reshape(-1, chunk))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:nb], parts)
+
+
+def after(operand: Float[Array, "..."], done: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The operand, not before another result is there: see `map_chunks` for why.
+
+    Args:
+        operand: Any array.
+        done: What to wait for; its first entry is read.
+
+    Returns:
+        The operand. Barriers are removed before XLA's CPU backend makes its schedule; a product with zero is not.
+    """
+    return operand + 0 * jnp.nan_to_num(done.reshape(-1)[0])
+
+
 def blocks_at_once(bytes_each: int) -> int:
     """How many blocks may be in work at the same time.
 

@@ -13,11 +13,11 @@ from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
-from woodjax.curvature._blocked import Blocked, blocks_at_once, map_blocks
+from woodjax.curvature._blocked import Blocked, map_blocks, map_chunks
 from woodjax.curvature.damping import (
     ONE_PERCENT,
     Damping,
@@ -30,7 +30,7 @@ from woodjax.curvature.damping import (
 )
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, sum_up
 from woodjax.stream import GradientStream
-from woodjax.tree import Layout, is_kernel, make_layout
+from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
 from woodjax.typing import Gradients, Params, Select
 
 Engine = Literal["auto", "scan", "rank_k", "primal", "dual"]
@@ -65,8 +65,8 @@ class BlockFisher(Blocked):
         return linalg.contract("nij,nj->ni", self.inverse, blocks)
 
     def block_matvec(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
-        """Solve with the inverse: `b³/3` flops a block."""
-        return self._map(linalg.solve_cholesky, blocks)
+        """Solve with the inverse: `2b³/3` flops a block."""
+        return self._map(jnp.linalg.solve, blocks)
 
     def block_compensate(
         self,
@@ -78,11 +78,7 @@ class BlockFisher(Blocked):
         return self._map(linalg.joint_step_inverse, weights, kept, gradient)
 
     def _map(self, function: Callable[..., Array], *per_block: Array | None) -> Float[Array, "nb b"]:
-        return lax.map(
-            lambda block: function(*block),
-            (self.inverse, *per_block),
-            batch_size=blocks_at_once(12 * self.inverse[0].size),
-        )
+        return map_chunks(lambda block: function(*block), (self.inverse, *per_block), 12 * self.inverse[0].size)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["sums", "count"], meta_fields=["layout"])
@@ -93,7 +89,9 @@ class BlockSums(Accumulator):
     sums: Float[Array, "nb b b"]
 
     @classmethod
-    def init(cls, params: Params, *, block_size: int = 128, select: Select = is_kernel, batch_axes: int = 0) -> Self:
+    def init(
+        cls, params: Params, *, block_size: int | None = 128, select: Select = is_kernel, batch_axes: int = 0
+    ) -> Self:
         """The state before any data.
 
         Args:
@@ -118,13 +116,14 @@ class BlockSums(Accumulator):
             >>> monday.merge(tuesday).finalize(0.5).inverse_diagonal().tolist()
             [[1.0, 1.0]]
         """
-        return cls.empty(make_layout(params, block_size=block_size, select=select, batch_axes=batch_axes))
+        layout = make_layout(params, block_size=block_size, select=select, batch_axes=batch_axes)
+        return cls.empty(layout, wide_dtype(params))
 
     @classmethod
-    def empty(cls, layout: Layout) -> Self:
+    def empty(cls, layout: Layout, dtype: DTypeLike = jnp.float32) -> Self:
         """The state before any data, of a layout that is there already."""
         b = layout.block_size
-        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros((layout.num_blocks, b, b)))
+        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros((layout.num_blocks, b, b), dtype))
 
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """`2kb²` flops a block."""
@@ -160,7 +159,7 @@ class BlockSums(Accumulator):
 def block_fisher(
     gradients: Gradients | GradientStream,
     *,
-    block_size: int = 128,
+    block_size: int | None = 128,
     damping: Damping = ONE_PERCENT,
     engine: Engine = "auto",
     select: Select = is_kernel,
@@ -170,9 +169,10 @@ def block_fisher(
 
     Args:
         gradients: Per-example gradients, leaves `[m, *leaf.shape]`, or a stream of them, which is
-            summed up (engine `"primal"`) and never held.
+            summed up (engine `"primal"`) and not held where there are at least `b` rows.
         block_size: Coordinates in a block `b`, clipped to the largest layer. Blocks are
-            contiguous in the row-major flattened leaf and do not cross leaves.
+            contiguous in the row-major flattened leaf and do not cross leaves. None for one block of the
+            whole network.
         damping: `λ`, not divided by `m`: a positive number in units of squared gradients,
             `Relative(alpha)`, or `"auto"`; see `woodjax.curvature.damping`. Where it is too small for the
             precision at hand the engines with a Cholesky factor raise it by tens: see the result's
@@ -191,7 +191,8 @@ def block_fisher(
             length; a selected leaf that is empty or not floating; `block_size < 1`.
 
     Cost:
-        Memory `2nb·b²`, and `m·nb·b` for held gradients; flops per block as in `woodjax.linalg`.
+        Memory `2nb·b²` and a workspace, and `m·nb·b` for held gradients; `"auto"` damping takes three times as
+        much. Flops per block as in `woodjax.linalg`.
 
     References:
         Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340), equations 5 and 6.
@@ -209,9 +210,11 @@ def block_fisher(
     layout = layout_of(gradients, block_size=block_size, select=select, batch_axes=batch_axes)
     m = gradients.num_rows if streamed else jax.tree.leaves(gradients)[0].shape[0]
     if engine == "auto":
-        engine = "primal" if streamed or m >= layout.block_size else "dual"
+        engine = "primal" if m >= layout.block_size else "dual"
+        if streamed and engine == "dual":
+            gradients, streamed = gradients.collect(), False  # fewer numbers than the inverse has
     if engine == "primal":
-        return sum_up(gradients, BlockSums.empty(layout), damping)
+        return sum_up(gradients, partial(BlockSums.empty, layout, wide_dtype(gradients)), damping)
     if streamed:
         raise ValueError(f"engine {engine!r} needs the gradients themselves: pass stream.collect(), or 'primal'.")
     rule, number = split_damping(damping)
@@ -231,11 +234,7 @@ def _invert_sums(
         lambda live: spectrum_of_sums(sums.sums / sums.count, other.sums / other.count, live),
     )
     b = sums.layout.block_size
-    inverse = lax.map(
-        lambda block: linalg.fisher_inverse(block / whole.count, asked),
-        whole.sums,
-        batch_size=blocks_at_once(16 * b * b),
-    )
+    inverse = map_chunks(lambda block: linalg.fisher_inverse(block / whole.count, asked), whole.sums, 16 * b * b)
     return _make(sums.layout, inverse, asked)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from woodjax import linalg
-from woodjax.curvature._blocked import map_blocks
+from woodjax.curvature._blocked import after, map_blocks
 
 DECADES, STEPS = 10, 401  # the search for "auto": from 1e-8 to 1e2 of the mean diagonal, 1/40 of a decade apart
 
@@ -42,6 +42,7 @@ class Relative:
         """Check the fraction."""
         if not 0 < self.alpha < np.inf:
             raise ValueError(f"alpha is {self.alpha}: a relative damping must be positive; 1e-3 to 1e-1 is usual.")
+        object.__setattr__(self, "alpha", float(self.alpha))  # hashable, whatever kind of number it was
 
 
 Damping = Float[Array, ""] | float | Relative | Literal["auto"]
@@ -122,7 +123,7 @@ def most_likely_damping(spectrum: Spectrum, scale: Float[Array, ""]) -> Float[Ar
 
     def surprise(damping: Array) -> Array:
         total = spectrum.eigenvalues + damping
-        terms = spectrum.weight * (jnp.log(total) + spectrum.held_out / total)
+        terms = jnp.where(spectrum.weight > 0, jnp.log(total) + spectrum.held_out / total, 0)
         return jnp.sum(terms) + spectrum.null_size * jnp.log(damping) + spectrum.null_held_out / damping
 
     candidates = scale * jnp.logspace(2 - DECADES, 2, STEPS, dtype=scale.dtype)
@@ -145,6 +146,8 @@ def spectrum_of_sums(
     Cost:
         About `10b³` flops a block.
     """
+    sound = jnp.isfinite(fisher).all(axis=(1, 2)) & jnp.isfinite(held_out).all(axis=(1, 2))
+    fisher, held_out = (jnp.where(sound[:, None, None], x, 0) for x in (fisher, held_out))  # a broken block has no say
     values, vectors = jnp.linalg.eigh(fisher)
     along = linalg.contract("nij,nij->nj", vectors, linalg.contract("nij,njk->nik", held_out, vectors))
     dead = live - values.size  # not positive: takes the dead directions out again
@@ -166,7 +169,8 @@ def spectrum_of_grams(grams: Float[Array, "nb m m"], live: Float[Array, ""]) -> 
     Cost:
         About `3m³` flops a block.
     """
-    one, other = (_half_spectrum(grams, even, live) for even in (0, 1))
+    one = _half_spectrum(grams, 0, live)
+    other = _half_spectrum(after(grams, one.eigenvalues), 1, live)
     return Spectrum(
         jnp.concatenate([one.eigenvalues, other.eigenvalues], axis=-1),
         jnp.concatenate([one.held_out, other.held_out], axis=-1),
@@ -224,7 +228,9 @@ def resolve_damping(
         if spectrum is None:
             raise ValueError('damping="auto" is not offered for this curvature: pass woodjax.Relative(1e-2).')
         diagonal = squares()
-        return most_likely_damping(spectrum(jnp.sum(diagonal > 0)), mean_diagonal(diagonal))
+        sound = jnp.isfinite(diagonal).all(axis=-1, keepdims=True)
+        live = jnp.sum((diagonal > 0) & sound)
+        return most_likely_damping(spectrum(live), mean_diagonal(diagonal))
     return number
 
 
@@ -253,7 +259,7 @@ def damping_of_rows(
     return resolve_damping(
         rule,
         number,
-        lambda: linalg.contract("mnb,mnb->nb", rows, rows) / m,
+        lambda: jnp.sum(jnp.square(rows), axis=0) / m,
         lambda live: spectrum_of_grams(map_blocks(linalg.gram, rows), live),
     )
 
@@ -272,6 +278,7 @@ def check_halves(m: int) -> None:
 
 
 def _half_spectrum(grams: Float[Array, "nb m m"], even: int, live: Float[Array, ""]) -> Spectrum:
+    grams = jnp.where(jnp.isfinite(grams).all(axis=(1, 2), keepdims=True), grams, 0)  # a broken block has no say
     known, others = grams[:, even::2], 1 - even
     size = known.shape[1]
     values, vectors = jnp.linalg.eigh(known[:, :, even::2])

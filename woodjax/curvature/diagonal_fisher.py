@@ -9,9 +9,9 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from woodjax import linalg
 from woodjax.curvature._blocked import Blocked
 from woodjax.curvature.damping import (
     ONE_PERCENT,
@@ -23,7 +23,7 @@ from woodjax.curvature.damping import (
 )
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, sum_up
 from woodjax.stream import GradientStream
-from woodjax.tree import Layout, is_kernel, make_layout
+from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
 from woodjax.typing import Gradients, Params, Select
 
 
@@ -92,17 +92,17 @@ class DiagonalSums(Accumulator):
         Cost:
             Memory `d`.
         """
-        return cls.empty(make_layout(params, select=select, batch_axes=batch_axes))
+        return cls.empty(make_layout(params, select=select, batch_axes=batch_axes), wide_dtype(params))
 
     @classmethod
-    def empty(cls, layout: Layout) -> Self:
+    def empty(cls, layout: Layout, dtype: DTypeLike = jnp.float32) -> Self:
         """The state before any data, of a layout that is there already."""
-        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros((layout.num_blocks, layout.block_size)))
+        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros((layout.num_blocks, layout.block_size), dtype))
 
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """`2kd` flops."""
         rows, new = only_fresh(rows, fresh)
-        squares = self.squares + linalg.contract("mnb,mnb->nb", rows, rows)
+        squares = self.squares + jnp.sum(jnp.square(rows), axis=0)
         return replace(self, squares=squares, count=self.count + new)
 
     def _merged(self, other: Self) -> Self:
@@ -134,7 +134,11 @@ class DiagonalSums(Accumulator):
         def spectrum(live: Float[Array, ""]) -> Spectrum:
             known = self.squares / self.count
             return Spectrum(
-                known, other.squares / other.count, (squares > 0).astype(known.dtype), 0 * live, jnp.zeros(())
+                known,
+                other.squares / other.count,
+                ((squares > 0) & jnp.isfinite(squares)).astype(known.dtype),
+                0 * live,
+                jnp.zeros(()),
             )
 
         number = resolve_damping(*split_damping(damping), lambda: squares, spectrum)
@@ -178,4 +182,4 @@ def diagonal_fisher(
     """
     check_damping(damping)
     layout = layout_of(gradients, block_size=None, select=select, batch_axes=batch_axes)
-    return sum_up(gradients, DiagonalSums.empty(layout), damping)
+    return sum_up(gradients, partial(DiagonalSums.empty, layout, wide_dtype(gradients)), damping)

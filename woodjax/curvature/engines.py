@@ -45,6 +45,7 @@ def estimate(
     *,
     block_size: int | None = None,
     engine: Engine = "auto",
+    damping: Damping = ONE_PERCENT,
     memory_budget: int | None = None,
     select: Select = is_kernel,
     batch_axes: int = 0,
@@ -57,6 +58,7 @@ def estimate(
         gradients: Leaves `[m, *leaf.shape]`, or shapes of them, or a stream.
         block_size: Coordinates in a block; None for the whole network.
         engine: As in `empirical_fisher`.
+        damping: As in `empirical_fisher`; `"auto"` takes more memory.
         memory_budget: As in `empirical_fisher`.
         select: Which leaves are prunable.
         batch_axes: Leading axes that stack layers.
@@ -76,21 +78,13 @@ def estimate(
         >>> wj.estimate(gradients).engine, round(wj.estimate(gradients).peak_bytes / 1e9, 1)
         ('factored', 1.1)
     """
-    layout = layout_of(gradients, block_size=block_size, select=select, batch_axes=batch_axes)
+    layout, chosen = _choose(gradients, block_size, engine, select, batch_axes)
     streamed = isinstance(gradients, GradientStream)
     m = gradients.num_rows if streamed else jnp.shape(jax.tree.leaves(gradients)[0])[0]
-    if engine not in get_args(Engine):
-        raise ValueError(f"engine is {engine!r}: choose one of {list(get_args(Engine))}.")
-    chosen = _engine(layout, m) if engine == "auto" else engine
-    if chosen == "streamed" and not (streamed and layout.whole):
-        raise ValueError(
-            "engine 'streamed' needs a stream of gradients and the whole network: pass "
-            "woodjax.stream_gradients(...) and block_size=None."
-        )
-    plan = _plan(chosen, layout, m, gradients)
+    plan = _plan(chosen, layout, m, gradients, auto=isinstance(damping, str))
     if memory_budget is None or plan.peak_bytes <= memory_budget:
         return plan
-    if engine == "auto" and streamed and layout.whole:
+    if streamed and layout.whole and engine in ("auto", "streamed"):
         plan = _fitting_window(layout, m, gradients, memory_budget)
         if plan.peak_bytes <= memory_budget:
             return plan
@@ -136,34 +130,48 @@ def empirical_fisher(
         >>> type(fisher).__name__, fisher.inverse_diagonal()["w"].tolist()
         ('LowRankFisher', [[0.5, 1.0]])
     """
+    layout, chosen = _choose(gradients, block_size, engine, select, batch_axes)
     options = {"select": select, "batch_axes": batch_axes, "damping": damping}
-    plan = estimate(
-        gradients,
-        block_size=block_size,
-        engine=engine,
-        memory_budget=memory_budget,
-        select=select,
-        batch_axes=batch_axes,
-    )
-    if plan.engine == "streamed":
-        return streamed_fisher(gradients, window_size=plan.window_size, **options)
-    if plan.engine == "factored":
+    window_size = layout.num_weights
+    if memory_budget is not None:
+        plan = estimate(gradients, block_size=block_size, engine=engine, memory_budget=memory_budget, **options)
+        chosen, window_size = plan.engine, plan.window_size
+    if chosen == "streamed":
+        return streamed_fisher(gradients, window_size=window_size, **options)
+    if chosen == "factored":
         return low_rank_fisher(gradients, block_size=block_size, **options)
-    held = isinstance(gradients, GradientStream) and plan.engine != "primal"
-    rows = gradients.collect() if held else gradients
-    whole = layout_of(gradients, block_size=None, select=select, batch_axes=batch_axes).num_weights
-    return block_fisher(rows, block_size=block_size or whole, engine=plan.engine, **options)
+    if isinstance(gradients, GradientStream) and chosen != "primal":
+        gradients = gradients.collect()
+    return block_fisher(gradients, block_size=block_size, engine=chosen, **options)
 
 
-def _engine(layout: Layout, m: int) -> Engine:
-    b = layout.block_size
+def _choose(
+    gradients: Gradients | GradientStream, block_size: int | None, engine: Engine, select: Select, batch_axes: int
+) -> tuple[Layout, Engine]:
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine is {engine!r}: choose one of {list(get_args(Engine))}.")
+    layout = layout_of(gradients, block_size=block_size, select=select, batch_axes=batch_axes)
+    streamed = isinstance(gradients, GradientStream)
+    if engine == "streamed" and not (streamed and layout.whole):
+        raise ValueError(
+            "engine 'streamed' needs a stream of gradients and the whole network: pass "
+            "woodjax.stream_gradients(...) and block_size=None."
+        )
+    if engine != "auto":
+        return layout, engine
+    m, b = gradients.num_rows if streamed else jnp.shape(jax.tree.leaves(gradients)[0])[0], layout.block_size
     if layout.whole or m <= FACTORED_BELOW * b:
-        return "factored"
-    return "primal" if m >= b else "dual"
+        return layout, "factored"
+    return layout, "primal" if m >= b else "dual"
 
 
 def _plan(
-    engine: Engine, layout: Layout, m: int, gradients: Gradients | GradientStream, window_size: int = 0
+    engine: Engine,
+    layout: Layout,
+    m: int,
+    gradients: Gradients | GradientStream,
+    window_size: int = 0,
+    auto: bool = False,
 ) -> Estimate:
     # float32 arrays that live at the same time, and a micro-batch of gradients where they are streamed.
     nb, b = layout.num_blocks, layout.block_size
@@ -181,7 +189,8 @@ def _plan(
         return Estimate(engine, rows + work, rows + 4 * nb * m * m, flops, 1)
     if engine == "primal":
         work = max(inverse + min(4 * inverse, max(WORKSPACE, 16 * b * b)), step if step else rows)
-        return Estimate(engine, inverse + work, inverse, 2 * m * d * b + 2 * d * b * b, 1)
+        sums = 6 * inverse if auto else inverse  # two states, their means, sum and eigenvectors
+        return Estimate(engine, sums + work, inverse, 2 * m * d * b + 2 * d * b * b, 1)
     flops = 3 * m * m * d + nb * 2 * m**3 / 3 + 2 * m * d * b if engine == "dual" else 4 * m * d * b
     return Estimate(engine, (2 if step else 1) * rows + inverse + 12 * b * b, inverse, flops, 1)
 
@@ -212,7 +221,7 @@ def _fitting_window(layout: Layout, m: int, stream: GradientStream, budget: int)
 
 
 def _size(number: int) -> str:
-    return f"{number / 2**20:,.0f} MiB"
+    return f"{number / 2**20:,.3g} MiB"
 
 
 def _advice(plan: Estimate, layout: Layout, m: int, streamed: bool) -> str:

@@ -13,14 +13,15 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from woodjax import linalg
-from woodjax.curvature._blocked import Blocked, blocks_at_once, map_blocks
+from woodjax.curvature._blocked import Blocked, map_blocks, map_chunks
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, check_damping, damping_of_rows, split_damping
 from woodjax.curvature.sums import Accumulator, accumulate, layout_of
 from woodjax.stream import GradientStream
-from woodjax.tree import Layout, is_kernel, make_layout
+from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
 from woodjax.typing import Gradients, Params, Select
 
 
@@ -128,13 +129,13 @@ class GradientRows(Accumulator):
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}: pass the number of rows to make room for.")
         layout = make_layout(params, block_size=block_size, select=select, batch_axes=batch_axes)
-        return cls.empty(layout, capacity)
+        return cls.empty(layout, capacity, wide_dtype(params))
 
     @classmethod
-    def empty(cls, layout: Layout, capacity: int) -> Self:
+    def empty(cls, layout: Layout, capacity: int, dtype: DTypeLike = jnp.float32) -> Self:
         """The state before any data, of a layout that is there already."""
         shape = (capacity, layout.num_blocks, layout.block_size)
-        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros(shape))
+        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros(shape, dtype))
 
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """Write fresh rows behind those that are there; `k·d` elements, and a copy of the state outside `jit`.
@@ -150,7 +151,9 @@ class GradientRows(Accumulator):
         count = self.count + (k if fresh is None else jnp.sum(fresh, dtype=jnp.int32))
         # Rows that are not fresh repeat the last ones of before: they are written over themselves.
         first = count - k
-        return replace(self, rows=lax.dynamic_update_slice_in_dim(self.rows, rows, first, 0), count=count)
+        return replace(
+            self, rows=lax.dynamic_update_slice_in_dim(self.rows, rows.astype(self.rows.dtype), first, 0), count=count
+        )
 
     @property
     def room(self) -> int:
@@ -186,6 +189,8 @@ class GradientRows(Accumulator):
             raise ValueError("finalize outside jit: how many rows are filled must be known.")
         if self.count == 0:
             raise ValueError("The state has no rows yet: add gradients first.")
+        if self.count > rows.shape[0]:
+            raise ValueError(f"{int(self.count)} rows were added inside jit to a state with room for {rows.shape[0]}.")
         if self.count < rows.shape[0]:
             rows = rows[: int(self.count)]
         return _factor(self.layout, rows, damping)
@@ -235,9 +240,16 @@ def low_rank_fisher(
     check_damping(damping)
     layout = layout_of(gradients, block_size=block_size, select=select, batch_axes=batch_axes)
     if isinstance(gradients, GradientStream):
-        (state,) = accumulate(gradients, (GradientRows.empty(layout, gradients.num_rows),))
+        (state,) = accumulate(
+            gradients, (GradientRows.empty(layout, gradients.num_rows, wide_dtype(gradients.params)),)
+        )
         return _factor(layout, state.rows, damping)
-    return _factor(layout, layout.to_blocks(gradients), damping)
+    return _factor(layout, _to_rows(gradients, layout=layout), damping)
+
+
+@partial(jax.jit, static_argnames="layout")
+def _to_rows(gradients: Gradients, *, layout: Layout) -> Float[Array, "m nb b"]:
+    return layout.to_blocks(gradients)
 
 
 def _factor(layout: Layout, rows: Float[Array, "m nb b"], damping: Damping) -> LowRankFisher:
@@ -252,6 +264,5 @@ def _whiten(
 ) -> tuple[linalg.Whitener, Int[Array, ""]]:
     asked = damping_of_rows(rows, rule, number)
     grams = map_blocks(linalg.gram, rows)
-    at_once = blocks_at_once(16 * rows.shape[0] ** 2)
-    whitener = lax.map(lambda matrix: linalg.whiten(matrix, asked), grams, batch_size=at_once)
+    whitener = map_chunks(lambda matrix: linalg.whiten(matrix, asked), grams, 16 * rows.shape[0] ** 2)
     return whitener, jnp.sum(whitener.damping > 1.5 * jnp.asarray(asked), dtype=jnp.int32)

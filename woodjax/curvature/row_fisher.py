@@ -5,7 +5,7 @@ For a kernel `W [..., out]` the block of unit `o` is `F_o = λI + (1/m) Σ_i g_i
 gradients are enough, and no gradient of a single example is formed (`woodjax.taps` finds both). Other leaves,
 convolutions among them, give their gradients a micro-batch at a time.
 
-Memory: `Σ out · fan_in²` floats for the sums, as much for the inverses. Flops: `2m · out · fan_in²`
+Memory: `Σ out · fan_in²` floats for the sums, as much for their means and for the inverses. Flops: `2m · out · fan_in²`
 to build, `2 · out · fan_in³` to invert.
 """
 
@@ -19,13 +19,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
-from woodjax.curvature._blocked import blocks_at_once
+from woodjax.curvature._blocked import after, map_chunks
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, resolve_damping, split_damping
 from woodjax.curvature.protocol import compiled
 from woodjax.curvature.sums import layout_of
 from woodjax.stream import GradientStream
 from woodjax.taps import Tap, TapRow, dense_leaves
-from woodjax.tree import Layout, is_kernel
+from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Masks, Params, Select, Updates
 
 Rows = list[Float[Array, "out fan_in"]]  # one for each selected leaf
@@ -55,8 +55,8 @@ class RowFisher:
 
     @compiled
     def matvec(self, tree: Params) -> Params:
-        """`Hv`, by solving with the inverse: `fan_in³/3` flops a row."""
-        return self._map(linalg.solve_cholesky, tree)
+        """`Hv`, by solving with the inverse: `2fan_in³/3` flops a row."""
+        return self._map(jnp.linalg.solve, tree)
 
     @compiled
     def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
@@ -67,10 +67,11 @@ class RowFisher:
 
     def _map(self, function: Callable[..., Array], *trees: Params) -> Params:
         operands = zip(self.inverses, *(_rows(self.layout, tree) for tree in trees), strict=True)
-        return self._tree([
-            lax.map(lambda row: function(*row), leaf, batch_size=blocks_at_once(12 * leaf[0][0].size))
-            for leaf in operands
-        ])
+        results: Rows = []
+        for inverse, *others in operands:  # one leaf after another
+            waiting = after(inverse, results[-1]) if results else inverse
+            results.append(map_chunks(lambda row: function(*row), (waiting, *others), 12 * inverse[0].size))
+        return self._tree(results)
 
     def _tree(self, rows: Rows) -> Params:
         leaves, found = [], iter(rows)
@@ -96,7 +97,7 @@ def row_fisher(stream: GradientStream, *, damping: Damping = ONE_PERCENT, select
             empty or not floating.
 
     Cost:
-        Memory `2 Σ out · fan_in²`; `2m · out · fan_in²` flops a leaf to build and `2 · out · fan_in³` to
+        Memory up to `4 Σ out · fan_in²`; `2m · out · fan_in²` flops a leaf to build and `2 · out · fan_in³` to
         invert. Dense layers: `m · (in + out)` numbers in place of `m · in · out`.
 
     References:
@@ -114,6 +115,8 @@ def row_fisher(stream: GradientStream, *, damping: Damping = ONE_PERCENT, select
         raise ValueError("row_fisher takes a stream of gradients: pass woodjax.stream_gradients(...).")
     rule, number = split_damping(damping)
     layout = layout_of(stream, block_size=None, select=select, batch_axes=0)
+    if scalars := [spec.path for spec in layout.selected if not spec.shape]:
+        raise ValueError(f"Leaves {scalars} have no axis for output units: leave them out by select=.")
     return _invert(row_sums(stream, layout), stream.masks, stream.num_rows, number, layout=layout, rule=rule)
 
 
@@ -127,12 +130,10 @@ def _invert(
         fishers = [jnp.where(k[:, :, None] & k[:, None, :], f, 0) for k, f in zip(kept, fishers, strict=True)]
     diagonals = [jnp.diagonal(fisher, axis1=1, axis2=2).reshape(-1) for fisher in fishers]
     asked = resolve_damping(rule, number, lambda: jnp.concatenate(diagonals))
-    results = [
-        lax.map(
-            lambda block: linalg.fisher_inverse(block, asked), fisher, batch_size=blocks_at_once(16 * fisher[0].size)
-        )
-        for fisher in fishers
-    ]
+    results: list[linalg.DampedInverse] = []
+    for fisher in fishers:  # one leaf after another
+        waiting = after(fisher, results[-1].damping) if results else fisher
+        results.append(map_chunks(lambda block: linalg.fisher_inverse(block, asked), waiting, 16 * fisher[0].size))
     used = jnp.concatenate([result.damping for result in results])
     raised = jnp.sum(used > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
     return RowFisher(layout, [result.inverse for result in results], used, raised)
@@ -155,7 +156,9 @@ def row_sums(stream: GradientStream, layout: Layout) -> Sums:
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stream.rows)
     row = stream.loss_row
     tapped = set(dense_leaves(row.loss, stream.params, example)) & set(numbers)
-    empty = [jnp.zeros((spec.shape[-1], *(2 * [spec.size // spec.shape[-1]]))) for spec in layout.selected]
+    dtype = wide_dtype(stream.params)
+    shapes = [(spec.shape[-1], spec.size // spec.shape[-1]) for spec in layout.selected]
+    empty = [jnp.zeros((out, fan_in, fan_in), dtype) for out, fan_in in shapes]
     return stream.fold(_AddRows(numbers), empty, row=TapRow(row, tuple(sorted(tapped))))
 
 

@@ -29,7 +29,7 @@ from woodjax.curvature.damping import (
 from woodjax.curvature.diagonal_fisher import DiagonalSums
 from woodjax.curvature.sums import accumulate, layout_of
 from woodjax.stream import GradientStream
-from woodjax.tree import Layout, is_kernel
+from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Masks, Params, Select, Updates
 
 
@@ -55,12 +55,12 @@ class StreamedFisher:
 
     def inverse_diagonal(self) -> Params:
         """`[H⁻¹]_qq`; 0 on leaves that are not prunable. `d/w` passes."""
-        diagonal = jnp.zeros(self.layout.num_weights)
+        diagonal = jnp.zeros(self.layout.num_weights, self.whitener.root.dtype)
+        columns = _empty_window(self.stream, self.window_size)
         for start in range(0, self.layout.num_weights, self.window_size):
-            columns, first, _ = _window(self.stream, self.layout, start, self.window_size)
-            diagonal = lax.dynamic_update_slice_in_dim(
-                diagonal, linalg.window_inverse_diagonal(columns, self.whitener), first, 0
-            )
+            columns, first, _ = _window(self.stream, self.layout, start, columns)
+            part = linalg.dual_inverse_diagonal(columns, self.whitener)
+            diagonal = lax.dynamic_update_slice_in_dim(diagonal, part, first, 0)
         return self._tree(jnp.where(diagonal > 0, diagonal, jnp.nan))
 
     def solve(self, tree: Params) -> Params:
@@ -142,6 +142,7 @@ def streamed_fisher(
     width = min(window_size, layout.num_weights)
     if isinstance(damping, str):
         check_halves(stream.num_rows)
+    stream = stream.precise()
     matrix = _gram(stream, layout, width, None)
 
     def squares() -> Float[Array, "1 d"]:
@@ -154,22 +155,28 @@ def streamed_fisher(
 
 
 def _gram(stream: GradientStream, layout: Layout, width: int, kept: Bool[Array, " d"] | None) -> Float[Array, "m m"]:
-    total = jnp.zeros((stream.num_rows, stream.num_rows))
+    columns = _empty_window(stream, width)
+    total = jnp.zeros((stream.num_rows, stream.num_rows), columns.dtype)
     for start in range(0, layout.num_weights, width):
-        columns, first, fresh = _window(stream, layout, start, width)
+        columns, first, fresh = _window(stream, layout, start, columns)
         if kept is not None:
             fresh &= lax.dynamic_slice_in_dim(kept, first, width)
         total += linalg.gram(columns, fresh)
     return total
 
 
+def _empty_window(stream: GradientStream, width: int) -> Float[Array, "m w"]:
+    return jnp.zeros((stream.num_rows, width), wide_dtype(stream.params))
+
+
 def _window(
-    stream: GradientStream, layout: Layout, start: int, width: int
+    stream: GradientStream, layout: Layout, start: int, buffer: Float[Array, "m w"]
 ) -> tuple[Float[Array, "m w"], int, Bool[Array, " w"]]:
-    """Columns of `G`, the first of them, and which come after `start`: the last window overlaps the one before."""
+    # Columns of `G`, the first of them, and which come after `start`: the last window overlaps the one before.
+    # The memory of the buffer, whatever is in it, is taken over: there is never more than one window.
+    width = buffer.shape[1]
     first = min(start, layout.num_weights - width)
-    empty = jnp.zeros((stream.num_rows, width)), jnp.asarray(first)
-    columns, _ = stream.fold(_FillWindow(layout), empty)
+    columns, _ = stream.fold(_FillWindow(layout), (buffer, jnp.asarray(first)))
     return columns, first, first + jnp.arange(width) >= start
 
 
@@ -185,4 +192,4 @@ class _FillWindow:
         columns, start = state
         rows = self.layout.to_blocks(gradients)[:, 0]
         wanted = lax.dynamic_slice_in_dim(rows, start, columns.shape[1], axis=1)
-        return lax.dynamic_update_slice_in_dim(columns, wanted, first, 0), start
+        return lax.dynamic_update_slice_in_dim(columns, wanted.astype(columns.dtype), first, 0), start

@@ -6,6 +6,7 @@ budget afterwards, without new gradients.
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping
 from woodjax.curvature.protocol import Curvature
 from woodjax.stream import GradientStream
-from woodjax.tree import Layout, make_layout
+from woodjax.tree import Layout, check_floating, make_layout
 from woodjax.typing import Gradients, Select
 
 
@@ -52,7 +53,13 @@ class Accumulator(abc.ABC):
             ValueError: A leaf that does not have the shape of the parameters that the state was made for; more
                 rows than there is room for.
         """
-        new = len(jax.tree.leaves(gradients)[0])
+        check_floating(gradients)
+        counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(gradients)}
+        if len(counts) != 1 or () in counts or jax.eval_shape(self.layout.to_blocks, gradients).ndim != 3:
+            raise ValueError(
+                f"Gradient leaves have leading sizes {sorted(counts)}: every leaf must be [k, *leaf.shape]."
+            )
+        ((new,),) = counts
         if self.room is not None and not isinstance(self.count, jax.core.Tracer) and self.count + new > self.room:
             raise ValueError(
                 f"{new} rows do not fit behind {int(self.count)} of {self.room}: make the state with a larger "
@@ -119,12 +126,12 @@ def layout_of(
     return make_layout(shapes, block_size=block_size, select=select, batch_axes=batch_axes)
 
 
-def sum_up(gradients: Gradients | GradientStream, empty: S, damping: Damping) -> Any:
+def sum_up(gradients: Gradients | GradientStream, empty: Callable[[], S], damping: Damping) -> Any:
     """Add all rows and finalise; for `"auto"` the even rows are known and the odd ones held out.
 
     Args:
         gradients: Leaves `[m, *leaf.shape]`, or a stream, of which a micro-batch is in work at a time.
-        empty: The state before any data.
+        empty: Makes the state before any data.
         damping: As asked.
 
     Returns:
@@ -134,7 +141,7 @@ def sum_up(gradients: Gradients | GradientStream, empty: S, damping: Damping) ->
         ValueError: As `finalize`.
     """
     copies = 2 if isinstance(damping, str) else 1
-    states = accumulate(gradients, tuple(jax.tree.map(jnp.copy, empty) for _ in range(copies)))
+    states = accumulate(gradients, tuple(empty() for _ in range(copies)))
     return states[0].finalize(damping, held_out=states[1] if copies == 2 else None)
 
 

@@ -6,8 +6,6 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
-from woodjax.linalg.products import contract
-
 MAX_RAISES = 12  # times that a damping may be multiplied by ten
 
 
@@ -41,7 +39,7 @@ def inverse_cholesky(
     def is_sound(factor: Array, used: Array) -> Array:
         # Every pivot is at least the smallest eigenvalue, so at least the ridge: one that is not is rounding.
         pivots = jnp.diagonal(factor) ** 2
-        return jnp.all((pivots >= 0.99 * used) & jnp.isfinite(pivots))
+        return jnp.all((pivots >= 0.99 * used) & jnp.isfinite(pivots)) & (used > 0)
 
     def is_spoiled(state: tuple[Array, Array, Array]) -> Array:
         factor, used, raises = state
@@ -70,7 +68,11 @@ def least_diagonal(gradients: Float[Array, "m b"], damping: Float[Array, ""] | f
     Cost:
         `2mb` flops.
     """
-    fisher = contract("mb,mb->b", gradients, gradients) / gradients.shape[0] + damping
+    fisher = (
+        jnp.sum(jnp.square(gradients.astype(jnp.promote_types(gradients.dtype, jnp.float32))), axis=0)
+        / gradients.shape[0]
+        + damping
+    )
     return jnp.where(jnp.isfinite(fisher), 1 / fisher, jnp.nan)
 
 

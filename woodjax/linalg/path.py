@@ -37,7 +37,7 @@ def path_losses(
         `[L]`, in units of the loss, first-order term left out.
 
     Cost:
-        `m²b + 2mbL + L·2m³/3` flops, where `L` joint steps would take `m²b` each; workspace
+        `m²(b + 256L) + 2mbL + L·2m³/3` flops at most, where `L` joint steps would take `m²b` each; workspace
         `m · min(b, 4096)`, `4m²` and `L·m`.
 
     References:
@@ -45,7 +45,7 @@ def path_losses(
     """
     m, b = gradients.shape
     dtype = jnp.promote_types(gradients.dtype, jnp.float32)
-    width = min(b, COLUMN_WINDOW)
+    width = min(b, COLUMN_WINDOW, max(256, -(-b // num_levels)))  # a level takes at least one window
     order = jnp.argsort(-levels, stable=True)  # survivors of everything first
     gone = jnp.sum(levels[:, None] <= jnp.arange(num_levels), axis=0)
 
@@ -64,7 +64,7 @@ def path_losses(
 
     residuals = lax.scan(
         lambda total, start: (total + residual_of(start), None),
-        jnp.zeros((num_levels, m), dtype),
+        jnp.zeros((num_levels, m), jnp.promote_types(dtype, weights.dtype)),
         jnp.arange(0, b, width),
     )[0]
 
