@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import render_engines
 from matplotlib.figure import Figure
 from records import read
 
@@ -128,6 +129,10 @@ def main() -> int:
     for name in sys.argv[1:]:
         file = Path(name)
         records = list(read(file))
+        if records[0]["benchmark"] == "engines":
+            file.with_suffix(".md").write_text(render_engines.table(records))
+            render_engines.picture(records).savefig(file.with_suffix(".png"), dpi=120)
+            continue
         file.with_suffix(".md").write_text(table(records))
         picture(records).savefig(file.with_suffix(".png"), dpi=120)
         levels = sorted({r["sparsity"] for r in records if r["sparsity"] is not None})

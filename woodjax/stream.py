@@ -70,6 +70,9 @@ class GradientStream:
 
         For who divides differences of products with them by a small damping: rows that are computed in
         windows, products and combinations must be those of one matrix.
+
+        Returns:
+            A stream.
         """
         params = jax.tree.map(lambda w: w.astype(jnp.promote_types(w.dtype, jnp.float32)), self.params)
         return replace(self, params=params, precision="highest")
