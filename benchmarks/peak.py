@@ -63,8 +63,7 @@ def main() -> int:
     options.add_argument("--quick", action="store_true")
     args = options.parse_args()
     work = workload("mlpnet", args.data_dir, args.quick)
-    examples, rows = (1000, 32) if args.quick else (1500, 32)
-    work = work._replace(examples=examples, microbatch_size=rows)
+    work = work._replace(examples=1000, microbatch_size=32)
     if args.engine == "primal":
         run, plan = answers(work, block_size=256 if args.quick else 1024, engine="primal")
         found = peak(run)

@@ -32,8 +32,7 @@ def stream(m, shape=(6, 5), microbatch_size=2):
     [
         (40, 8, "primal"),
         (8, 8, "primal"),
-        (7, 8, "dual"),
-        (3, 8, "dual"),
+        (7, 8, "factored"),
         (2, 8, "factored"),
         (40, None, "factored"),
         (2, None, "factored"),
@@ -140,7 +139,7 @@ def test_estimates_grow_as_the_arrays_do():
     [
         (draw, {"memory_budget": 100}, "pass a stream of gradients"),
         (draw, {"memory_budget": 100, "block_size": 8}, "take a smaller block_size, or fewer examples"),
-        (draw, {"memory_budget": 100, "block_size": 30}, "engine='factored', which holds no inverse"),
+        (draw, {"memory_budget": 100, "block_size": 30, "engine": "dual"}, "'factored', which holds no inverse"),
         (stream, {"memory_budget": 100}, "Take fewer examples, or a smaller microbatch_size"),
         (stream, {"memory_budget": 100, "block_size": 30, "engine": "factored"}, "leave the engine to 'auto'"),
         (draw, {"engine": "fast"}, "engine is 'fast': choose one of"),

@@ -18,6 +18,7 @@ from woodjax.curvature.protocol import compiled
 from woodjax.tree import Layout
 from woodjax.typing import Masks, Params, Updates
 
+INVERSION_BYTES = 52  # of workspace for each entry of a matrix that is factored and inverted, as compiled
 WORKSPACE = 2**26  # bytes that a step over several blocks may take beside its input and result
 
 
@@ -105,8 +106,8 @@ def map_blocks(function: Callable[..., Any], rows: Float[Array, "m nb b"], *per_
 def map_chunks(function: Callable[..., Any], per_block: Any, bytes_each: int) -> Any:
     """Apply a function of one block to every block, several at once, within a bounded workspace.
 
-    The last chunk is filled up with copies of the first block instead of being a program of its own:
-    jaxlib 0.10 on a CPU of few cores deadlocks where two batched LAPACK calls run at the same time.
+    The number of blocks in a chunk divides the number of blocks: a remainder would be a program of its own that
+    runs beside the loop, and jaxlib 0.10 on a CPU of few cores deadlocks where two batched LAPACK calls meet.
 
     Args:
         function: `function(leaves)`, for one block.
@@ -117,16 +118,12 @@ def map_chunks(function: Callable[..., Any], per_block: Any, bytes_each: int) ->
         What the function returns, with a leading axis `[nb]`.
     """
     nb = jax.tree.leaves(per_block)[0].shape[0]
-    chunk = min(nb, blocks_at_once(bytes_each))
+    chunk = max(size for size in range(1, nb + 1) if nb % size == 0 and size <= blocks_at_once(bytes_each))
     if chunk == nb:
         return jax.vmap(function)(per_block)
-    index = jnp.arange(-(-nb // chunk) * chunk) % nb
-
-    def several(numbers: Array) -> Any:
-        return jax.vmap(function)(jax.tree.map(lambda x: jnp.take(x, numbers, axis=0), per_block))
-
-    parts = lax.map(several, index.reshape(-1, chunk))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:nb], parts)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), per_block)
+    parts = lax.map(jax.vmap(function), chunks)
+    return jax.tree.map(lambda x: x.reshape(nb, *x.shape[2:]), parts)
 
 
 def after(operand: Float[Array, "..."], done: Float[Array, "..."]) -> Float[Array, "..."]:

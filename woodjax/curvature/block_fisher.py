@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
-from woodjax.curvature._blocked import Blocked, map_blocks, map_chunks
+from woodjax.curvature._blocked import INVERSION_BYTES, Blocked, map_blocks, map_chunks
 from woodjax.curvature.damping import (
     ONE_PERCENT,
     Damping,
@@ -39,6 +39,9 @@ Engine = Literal["auto", "scan", "rank_k", "primal", "dual"]
 def _as_asked(scan: Callable[..., Array]) -> Callable[..., linalg.DampedInverse]:
     return lambda gradients, damping: linalg.DampedInverse(scan(gradients, damping), jnp.asarray(damping))
 
+
+# Rows to block size from which on the primal form is the fastest: measured on CPU by benchmarks/engines.py.
+PRIMAL_FROM = 0.9
 
 ROW_ENGINES = {  # primal is not here: it goes through the sums
     "scan": _as_asked(linalg.woodbury_scan),
@@ -78,7 +81,9 @@ class BlockFisher(Blocked):
         return self._map(linalg.joint_step_inverse, weights, kept, gradient)
 
     def _map(self, function: Callable[..., Array], *per_block: Array | None) -> Float[Array, "nb b"]:
-        return map_chunks(lambda block: function(*block), (self.inverse, *per_block), 12 * self.inverse[0].size)
+        return map_chunks(
+            lambda block: function(*block), (self.inverse, *per_block), INVERSION_BYTES * self.inverse[0].size
+        )
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["sums", "count"], meta_fields=["layout"])
@@ -169,7 +174,7 @@ def block_fisher(
 
     Args:
         gradients: Per-example gradients, leaves `[m, *leaf.shape]`, or a stream of them, which is
-            summed up (engine `"primal"`) and not held where there are at least `b` rows.
+            summed up (engine `"primal"`) and not held where there are at least `0.9b` rows.
         block_size: Coordinates in a block `b`, clipped to the largest layer. Blocks are
             contiguous in the row-major flattened leaf and do not cross leaves. None for one block of the
             whole network.
@@ -179,7 +184,7 @@ def block_fisher(
             `damping` and `raised`.
         engine: How the inverse is made: `"scan"` (the paper's rank-1 recursion), `"rank_k"`,
             `"primal"` (Cholesky of the block), `"dual"` (Cholesky of the Gram matrix), or
-            `"auto"`: primal if `m >= b`, else dual. All give the same matrix up to rounding.
+            `"auto"`: primal if `m >= 0.9b`, else dual. All give the same matrix up to rounding.
         select: Which leaves are prunable, asked as `select(path, leaf)`.
         batch_axes: Leading axes that stack layers; no block straddles two layers.
 
@@ -210,7 +215,7 @@ def block_fisher(
     layout = layout_of(gradients, block_size=block_size, select=select, batch_axes=batch_axes)
     m = gradients.num_rows if streamed else jax.tree.leaves(gradients)[0].shape[0]
     if engine == "auto":
-        engine = "primal" if m >= layout.block_size else "dual"
+        engine = "primal" if m >= PRIMAL_FROM * layout.block_size else "dual"
         if streamed and engine == "dual":
             gradients, streamed = gradients.collect(), False  # fewer numbers than the inverse has
     if engine == "primal":
@@ -234,7 +239,9 @@ def _invert_sums(
         lambda live: spectrum_of_sums(sums.sums / sums.count, other.sums / other.count, live),
     )
     b = sums.layout.block_size
-    inverse = map_chunks(lambda block: linalg.fisher_inverse(block / whole.count, asked), whole.sums, 16 * b * b)
+    inverse = map_chunks(
+        lambda block: linalg.fisher_inverse(block / whole.count, asked), whole.sums, INVERSION_BYTES * b * b
+    )
     return _make(sums.layout, inverse, asked)
 
 

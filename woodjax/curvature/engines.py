@@ -2,9 +2,9 @@
 
 | engine | curvature | holds | chosen |
 |---|---|---|---|
-| `"scan"`, `"rank_k"`, `"dual"` | `BlockFisher` | gradients and inverse blocks | `"dual"` for `b/4 < m < b` |
-| `"primal"` | `BlockFisher` | sums and inverse blocks | `m ≥ b` |
-| `"factored"` | `LowRankFisher` | gradients, an `m × m` factor a block | `m ≤ b/4`, and the whole network |
+| `"scan"`, `"rank_k"`, `"dual"` | `BlockFisher` | gradients and inverse blocks | by name |
+| `"primal"` | `BlockFisher` | sums and inverse blocks | `m ≥ 0.9b` |
+| `"factored"` | `LowRankFisher` | gradients, an `m × m` factor a block | `m < 0.9b`, and the whole network |
 | `"streamed"` | `StreamedFisher` | a window of columns, an `m × m` factor | the whole network in little memory |
 """
 
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from woodjax import linalg
-from woodjax.curvature._blocked import WORKSPACE
-from woodjax.curvature.block_fisher import BlockSums, block_fisher
+from woodjax.curvature._blocked import INVERSION_BYTES, WORKSPACE
+from woodjax.curvature.block_fisher import PRIMAL_FROM, BlockSums, block_fisher
 from woodjax.curvature.damping import ONE_PERCENT, Damping
 from woodjax.curvature.low_rank_fisher import GradientRows, low_rank_fisher
 from woodjax.curvature.protocol import Curvature
@@ -26,7 +26,6 @@ from woodjax.tree import Layout, is_kernel
 from woodjax.typing import Gradients, Select
 
 Engine = Literal["auto", "scan", "rank_k", "primal", "dual", "factored", "streamed"]
-FACTORED_BELOW = 0.25  # rows to block size: below it the diagonal and products cost less than the inverse
 
 
 class Estimate(NamedTuple):
@@ -160,9 +159,7 @@ def _choose(
     if engine != "auto":
         return layout, engine
     m, b = gradients.num_rows if streamed else jnp.shape(jax.tree.leaves(gradients)[0])[0], layout.block_size
-    if layout.whole or m <= FACTORED_BELOW * b:
-        return layout, "factored"
-    return layout, "primal" if m >= b else "dual"
+    return layout, "primal" if m >= PRIMAL_FROM * b and not layout.whole else "factored"
 
 
 def _plan(
@@ -188,7 +185,8 @@ def _plan(
         flops = 2.5 * m * m * d + nb * 2 * m**3 / 3 + products
         return Estimate(engine, rows + work, rows + 4 * nb * m * m, flops, 1)
     if engine == "primal":
-        work = max(inverse + min(4 * inverse, max(WORKSPACE, 16 * b * b)), step if step else rows)
+        inversion = min(nb * INVERSION_BYTES * b * b, max(WORKSPACE, INVERSION_BYTES * b * b))
+        work = max(2 * inverse + inversion, step if step else rows)  # XLA copies the sums into LAPACK's layout
         sums = 6 * inverse if auto else inverse  # two states, their means, sum and eigenvectors
         return Estimate(engine, sums + work, inverse, 2 * m * d * b + 2 * d * b * b, 1)
     flops = 3 * m * m * d + nb * 2 * m**3 / 3 + 2 * m * d * b if engine == "dual" else 4 * m * d * b
@@ -196,9 +194,9 @@ def _plan(
 
 
 def _dual_bytes(layout: Layout, m: int) -> int:
-    # Gram matrices, a factor and its inverse; and vectors as long as the parameters.
+    # Gram matrices and factors of all blocks, those of a chunk in work; and vectors as long as the parameters.
     nb = layout.num_blocks
-    return 4 * (nb * m * m + min(5 * nb * m * m, max(WORKSPACE // 4, 5 * m * m)) + 6 * layout.num_weights)
+    return 4 * (2 * nb * m * m + min(6 * nb * m * m, max(WORKSPACE // 4, 6 * m * m)) + 6 * layout.num_weights)
 
 
 def _step_bytes(stream: GradientStream, layout: Layout, engine: Engine) -> int:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from woodjax import linalg
-from woodjax.curvature._blocked import Blocked, map_blocks, map_chunks
+from woodjax.curvature._blocked import INVERSION_BYTES, Blocked, map_blocks, map_chunks
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, check_damping, damping_of_rows, split_damping
 from woodjax.curvature.sums import Accumulator, accumulate, layout_of
 from woodjax.stream import GradientStream
@@ -264,5 +264,5 @@ def _whiten(
 ) -> tuple[linalg.Whitener, Int[Array, ""]]:
     asked = damping_of_rows(rows, rule, number)
     grams = map_blocks(linalg.gram, rows)
-    whitener = map_chunks(lambda matrix: linalg.whiten(matrix, asked), grams, 16 * rows.shape[0] ** 2)
+    whitener = map_chunks(lambda matrix: linalg.whiten(matrix, asked), grams, INVERSION_BYTES * rows.shape[0] ** 2)
     return whitener, jnp.sum(whitener.damping > 1.5 * jnp.asarray(asked), dtype=jnp.int32)

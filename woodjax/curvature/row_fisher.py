@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
-from woodjax.curvature._blocked import after, map_chunks
+from woodjax.curvature._blocked import INVERSION_BYTES, after, map_chunks
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, resolve_damping, split_damping
 from woodjax.curvature.protocol import compiled
 from woodjax.curvature.sums import layout_of
@@ -70,7 +70,9 @@ class RowFisher:
         results: Rows = []
         for inverse, *others in operands:  # one leaf after another
             waiting = after(inverse, results[-1]) if results else inverse
-            results.append(map_chunks(lambda row: function(*row), (waiting, *others), 12 * inverse[0].size))
+            results.append(
+                map_chunks(lambda row: function(*row), (waiting, *others), INVERSION_BYTES * inverse[0].size)
+            )
         return self._tree(results)
 
     def _tree(self, rows: Rows) -> Params:
@@ -133,7 +135,9 @@ def _invert(
     results: list[linalg.DampedInverse] = []
     for fisher in fishers:  # one leaf after another
         waiting = after(fisher, results[-1].damping) if results else fisher
-        results.append(map_chunks(lambda block: linalg.fisher_inverse(block, asked), waiting, 16 * fisher[0].size))
+        results.append(
+            map_chunks(lambda block: linalg.fisher_inverse(block, asked), waiting, INVERSION_BYTES * fisher[0].size)
+        )
     used = jnp.concatenate([result.damping for result in results])
     raised = jnp.sum(used > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
     return RowFisher(layout, [result.inverse for result in results], used, raised)
