@@ -52,7 +52,7 @@ def answers(work: Workload, **options: Any) -> Callable[[], Any]:
 def difference(ours: Any, theirs: Any) -> float:
     """Largest difference between two pairs of trees, relative to the largest entry of each."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
+    return float(np.max([np.abs(a - b).max() / max(np.abs(b).max(), 1e-30) for a, b in pairs]))  # NaN stays NaN
 
 
 def main() -> int:
@@ -76,6 +76,7 @@ def main() -> int:
         run, plan = answers(work, memory_budget=full.peak_bytes // 4)
         found = peak(run)
         extra = {"of_whole": found / full.peak_bytes, "largest_difference": difference(run(), whole())}
+        extra |= {"window": plan.window_size}
     result = {"ratio": found / plan.peak_bytes, "peak_bytes": found, "estimate_bytes": plan.peak_bytes, **extra}
     result |= {"engine": plan.engine, "passes": plan.passes, "network": work.name, "examples": work.examples}
     print(json.dumps(result))
