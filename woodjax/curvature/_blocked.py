@@ -104,10 +104,10 @@ def map_blocks(function: Callable[..., Any], rows: Float[Array, "m nb b"], *per_
 
 
 def map_chunks(function: Callable[..., Any], per_block: Any, bytes_each: int) -> Any:
-    """Apply a function of one block to every block, several at once, within a bounded workspace.
+    """Apply a function of one block to every block, within a bounded workspace.
 
-    The number of blocks in a chunk divides the number of blocks: a remainder would be a program of its own that
-    runs beside the loop, and jaxlib 0.10 on a CPU of few cores deadlocks where two batched LAPACK calls meet.
+    On CPU one after another: jaxlib 0.10 shards a batch of LAPACK calls over the threads that run the
+    program and waits for them, and on few cores two such calls wait for each other for ever.
 
     Args:
         function: `function(leaves)`, for one block.
@@ -118,12 +118,10 @@ def map_chunks(function: Callable[..., Any], per_block: Any, bytes_each: int) ->
         What the function returns, with a leading axis `[nb]`.
     """
     nb = jax.tree.leaves(per_block)[0].shape[0]
-    chunk = max(size for size in range(1, nb + 1) if nb % size == 0 and size <= blocks_at_once(bytes_each))
-    if chunk == nb:
-        return jax.vmap(function)(per_block)
-    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), per_block)
-    parts = lax.map(jax.vmap(function), chunks)
-    return jax.tree.map(lambda x: x.reshape(nb, *x.shape[2:]), parts)
+    if nb == 1:
+        return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], per_block)))
+    at_once = 1 if jax.default_backend() == "cpu" else blocks_at_once(bytes_each)
+    return lax.map(function, per_block, batch_size=at_once if at_once > 1 else None)
 
 
 def after(operand: Float[Array, "..."], done: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -185,7 +185,8 @@ def _plan(
         flops = 2.5 * m * m * d + nb * 2 * m**3 / 3 + products
         return Estimate(engine, rows + work, rows + 4 * nb * m * m, flops, 1)
     if engine == "primal":
-        inversion = min(nb * INVERSION_BYTES * b * b, max(WORKSPACE, INVERSION_BYTES * b * b))
+        at_once = 1 if jax.default_backend() == "cpu" else max(1, WORKSPACE // (INVERSION_BYTES * b * b))
+        inversion = min(nb, at_once) * INVERSION_BYTES * b * b
         work = max(2 * inverse + inversion, step if step else rows)  # XLA copies the sums into LAPACK's layout
         sums = 6 * inverse if auto else inverse  # two states, their means, sum and eigenvectors
         return Estimate(engine, sums + work, inverse, 2 * m * d * b + 2 * d * b * b, 1)
