@@ -78,7 +78,7 @@ class Blocked(abc.ABC):
 def map_blocks(function: Callable[..., Any], rows: Float[Array, "m nb b"], *per_block: Any) -> Any:
     """Apply a function of one block to every block, within a bounded workspace.
 
-    XLA's CPU backend multiplies one block at a time several times faster than a batch of them, and
+    XLA's CPU backend multiplies one block at a time faster than a batch of them, and
     never transposes the rows that way; accelerators want as many at once as the workspace takes.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from woodjax import linalg
-from woodjax.curvature._blocked import after, map_blocks
+from woodjax.curvature._blocked import INVERSION_BYTES, after, map_blocks, map_chunks
 
 DECADES, STEPS = 10, 401  # the search for "auto": from 1e-8 to 1e2 of the mean diagonal, 1/40 of a decade apart
 
@@ -47,7 +47,7 @@ class Relative:
 
 Damping = Float[Array, ""] | float | Relative | Literal["auto"]
 Rule = Relative | Literal["auto"] | None
-ONE_PERCENT = Relative(1e-2)  # the default: measured on MLPNet and ResNet-20, see docs/curvature.md
+ONE_PERCENT = Relative(1e-2)  # the default
 
 
 class Spectrum(NamedTuple):
@@ -148,7 +148,7 @@ def spectrum_of_sums(
     """
     sound = jnp.isfinite(fisher).all(axis=(1, 2)) & jnp.isfinite(held_out).all(axis=(1, 2))
     fisher, held_out = (jnp.where(sound[:, None, None], x, 0) for x in (fisher, held_out))  # a broken block has no say
-    values, vectors = jnp.linalg.eigh(fisher)
+    values, vectors = map_chunks(jnp.linalg.eigh, fisher, INVERSION_BYTES * fisher[0].size)
     along = linalg.contract("nij,nij->nj", vectors, linalg.contract("nij,njk->nik", held_out, vectors))
     dead = live - values.size  # not positive: takes the dead directions out again
     return Spectrum(
@@ -281,7 +281,7 @@ def _half_spectrum(grams: Float[Array, "nb m m"], even: int, live: Float[Array, 
     grams = jnp.where(jnp.isfinite(grams).all(axis=(1, 2), keepdims=True), grams, 0)  # a broken block has no say
     known, others = grams[:, even::2], 1 - even
     size = known.shape[1]
-    values, vectors = jnp.linalg.eigh(known[:, :, even::2])
+    values, vectors = map_chunks(jnp.linalg.eigh, known[:, :, even::2], INVERSION_BYTES * size**2)
     # An eigenvalue below the noise of the Gram matrix is no direction: it is counted with the null space.
     sound = values > size * jnp.finfo(values.dtype).eps * values[:, -1:]
     squares = linalg.contract("nji,njk->nik", vectors, known[:, :, others::2]) ** 2
