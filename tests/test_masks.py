@@ -3,6 +3,7 @@
 from fractions import Fraction
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import woodjax as wj
+from woodjax.masks import exact_sparsity
 
+PRUNE_COUNT = jax.jit(wj.prune_count)
 SPARSITY = st.floats(0, 1)
 SCOPES = ["global", "leaf", "erdos_renyi"]
 JITTED = {scope: jax.jit(partial(wj.make_masks, scope=scope)) for scope in SCOPES}
@@ -74,6 +77,24 @@ def test_masks_are_nested_and_pruned_stays_pruned(scores, low, high):
     assert not (~flat(first) & flat(second)).any()
     counts = [int(wj.prune_count(s, flat(scores).size)) for s in (low, high)]
     assert [(~flat(first)).sum(), (~flat(second)).sum()] == counts
+
+
+@given(scores=score_trees(), low=SPARSITY, high=SPARSITY)
+def test_leaves_of_one_pattern_are_ranked_together(scores, low, high):
+    """`leaf0` has its own sparsity, all others share a threshold, whatever their order in the mapping."""
+    masks = wj.make_masks(scores, {"*": high, "leaf0": low})
+    first = scores.pop("leaf0")
+    count = int(wj.prune_count(low, first.size))
+    np.testing.assert_array_equal(~flat(masks.pop("leaf0")), oracle.lowest(first.reshape(-1), count))
+    if scores:
+        chex.assert_trees_all_equal(masks, wj.make_masks(scores, high))
+
+
+@given(sparsity=SPARSITY, size=st.integers(0, 2**31 - 1))
+def test_exact_sparsity_counts_as_the_number(sparsity, size):
+    exact = jax.tree.map(jnp.asarray, exact_sparsity(sparsity))
+    assert int(PRUNE_COUNT(exact, size)) == int(wj.prune_count(sparsity, size))
+    np.testing.assert_allclose(exact.value, sparsity, rtol=1e-6, atol=1e-9)
 
 
 def test_infinite_scores_are_never_pruned_and_not_counted():
@@ -160,7 +181,6 @@ def test_broken_scores(bad):
         (-0.1, {}, "between 0 and 1"),
         (float("nan"), {}, "sparsity is nan"),
         (jnp.array([0.5, 0.5]), {}, r"sparsity has shape \(2,\)"),
-        ({"w": 0.5}, {}, "pass scope='leaf'"),
         ({"w": 0.5}, {"scope": "erdos_renyi"}, "pass scope='leaf'"),
         ({"v*": 0.5}, {"scope": "leaf"}, r"'v\*', which matches no leaf of \['w'\]"),
         ({"w": 2.0}, {"scope": "leaf"}, r"sparsity is 2\.0"),

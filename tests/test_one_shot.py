@@ -277,13 +277,63 @@ def test_a_model_that_is_not_partitioned_is_refused():
         wj.prune_one_shot(lambda p, x: 0.0, eqx.nn.MLP(5, 3, 6, 1, key=KEY), data(), 0.5)
 
 
-def test_traced_sparsity_needs_one_stage():
+@pytest.mark.parametrize("stages", [1, 3])
+def test_traced_sparsity(stages):
     loss_fn, params, _ = trained()
-    run = partial(wj.prune_one_shot, loss_fn, params, data(), curvature=WHOLE)
-    masks = jax.jit(lambda s: run(s)[1])(jnp.float32(0.5))
-    assert int((~masks["out"]).sum() + (~masks["fc1"]["kernel"]).sum()) == 24
-    with pytest.raises(ValueError, match="goes with stages=1"):
-        jax.jit(lambda s: run(s, stages=2)[1])(jnp.float32(0.5))
+    run = partial(wj.prune_one_shot, loss_fn, params, data(), curvature=WHOLE, stages=stages)
+    traced = jax.jit(lambda s: run(s)[::2])(jnp.float32(0.5))
+    eager = run(0.5)
+    chex.assert_trees_all_close(traced[0], eager[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(traced[1].sparsity, eager[2].sparsity)
+
+
+def test_stages_begin_at_the_masks_that_are_there():
+    loss_fn, params, _ = trained()
+    params, masks, _ = wj.prune_one_shot(loss_fn, params, data(), 0.5, curvature=WHOLE)
+    again = partial(wj.prune_one_shot, loss_fn, params, data(), masks=masks, stages=2, curvature=WHOLE)
+    np.testing.assert_allclose(again(0.875)[2].sparsity, [0.75, 0.875])
+    leaves = again({"out": 0.9, "fc1/kernel": 0.8}, scope="leaf")[1]
+    assert int((~leaves["out"]).sum()) == 16
+    assert int((~leaves["fc1"]["kernel"]).sum()) == 24
+
+
+def test_magnitude_sees_no_data_and_moves_nothing():
+    loss_fn, params, _ = trained()
+    pruned, masks, info = wj.prune_one_shot(loss_fn, params, data(), 0.5, stages=2, curvature=None)
+    expected = wj.make_masks(wj.magnitude_scores(params), 0.5)
+    chex.assert_trees_all_equal(masks, expected)
+    chex.assert_trees_all_equal(pruned, wj.apply_masks(params, expected))
+    assert np.isnan(info.predicted_loss_change).all()
+    assert (info.loss_after > info.loss_before).all()
+
+
+def test_first_order_is_woodtaylor():
+    loss_fn, params, _ = trained()
+    options = {"curvature": partial(wj.low_rank_fisher, damping=1.0), "first_order": True}
+    ours = [wj.prune_one_shot(loss_fn, params, data(), 0.5, stream=stream, **options) for stream in (False, True)]
+    gradients = wj.per_example_gradients(loss_fn, params, data())
+    mean = jax.tree.map(lambda g: g.mean(0), gradients)
+    fisher = wj.low_rank_fisher(gradients, damping=1.0)
+    masks = wj.make_masks(wj.woodtaylor_scores(params, fisher, mean), 0.5)
+    updates = wj.compensate(params, masks, fisher, gradient=mean)
+    for pruned, kept, info in ours:
+        chex.assert_trees_all_equal(kept, masks)
+        chex.assert_trees_all_close(pruned, jax.tree.map(jnp.add, params, updates), rtol=1e-4, atol=1e-5)
+        change = wj.predicted_loss_change(updates, fisher, mean)
+        np.testing.assert_allclose(info.predicted_loss_change[0], change, rtol=1e-4)
+
+
+def test_broken_leaves_can_be_kept_outside_jit_too():
+    loss_fn, params, _ = trained()
+    inputs, labels = data()
+    inputs[0, 0] = np.nan
+    pruned, masks, info = wj.prune_one_shot(
+        loss_fn, params, (inputs, labels), 0.5, curvature=wj.diagonal_fisher, on_broken="keep", measure_loss=False
+    )
+    assert info.nonfinite.any()
+    assert np.isnan(info.loss_before[0])
+    assert masks["fc1"]["kernel"].all()
+    chex.assert_trees_all_equal(pruned["fc1"]["kernel"], params["fc1"]["kernel"])
 
 
 @pytest.mark.parametrize(

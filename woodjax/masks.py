@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,22 @@ from woodjax.tree import check_bool, check_like, path_name
 from woodjax.typing import Masks, Scores
 
 Scope = Literal["global", "leaf", "erdos_renyi"]
-Sparsity = float | Float[Array, ""] | Mapping[str, float]
+
+
+class ExactSparsity(NamedTuple):
+    """A sparsity in a compiled program without the rounding of a float32. Made by `exact_sparsity`."""
+
+    head: Int[Array, ""] | int  # the nearest multiple of 2⁻¹², times 2¹²
+    tail: Float[Array, ""] | float  # the rest, times 2¹²
+
+    @property
+    def value(self) -> Float[Array, ""]:
+        """As one float."""
+        return (jnp.asarray(self.head, jnp.float32) + self.tail) / 4096
+
+
+Fraction: TypeAlias = float | Float[Array, ""] | ExactSparsity
+Sparsity: TypeAlias = Fraction | Mapping[str, Fraction]
 
 
 def make_masks(
@@ -40,9 +55,9 @@ def make_masks(
             path to the sparsity of that leaf. A mapping's keys may be patterns (`"layer*"`), the
             last one that matches holds, and a leaf that none matches stays dense. A traced
             number outside [0, 1] is clipped.
-        scope: `"global"` (one threshold over all leaves), `"leaf"` (the same sparsity in every
-            leaf), or `"erdos_renyi"` (density of a leaf in proportion to the sum of its axes
-            over their product, met exactly in total). A mapping needs `"leaf"`.
+        scope: `"global"` (one threshold over all leaves; with a mapping, over the leaves of each
+            pattern), `"leaf"` (the same sparsity in every leaf), or `"erdos_renyi"` (density of a leaf in
+            proportion to the sum of its axes over their product, met exactly in total; no mapping).
         previous: Masks of an earlier step: what they pruned stays pruned, and counts.
         batch_axes: Leading axes that stack layers: each layer is a leaf of its own for the
             scopes `"leaf"` and `"erdos_renyi"`.
@@ -53,7 +68,7 @@ def make_masks(
 
     Raises:
         ValueError: No scores; sparsity outside [0, 1] or NaN; a NaN or `-inf` score (outside `jit`); a
-            mapping with another scope or a pattern that matches no leaf; `previous` of another
+            mapping with `"erdos_renyi"` or a pattern that matches no leaf; `previous` of another
             shape or not bool.
 
     Cost:
@@ -80,22 +95,20 @@ def make_masks(
         check_bool(previous, "previous")
     before = [None] * len(names) if previous is None else jax.tree.leaves(previous)
     leaves = [_ranked(name, leaf, mask) for name, (_, leaf), mask in zip(names, paths, before, strict=True)]
-    per_leaf = _per_leaf(sparsity, names)
-    if isinstance(sparsity, Mapping) and scope != "leaf":
-        raise ValueError("sparsity is a mapping, which says what each leaf gets: pass scope='leaf'.")
     if scope == "global":
-        flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])[None]
-        count = prune_count(per_leaf[0], jnp.sum(~jnp.isposinf(flat), axis=1))
-        pruned = jnp.split(_lowest([flat], [count])[0][0], np.cumsum([leaf.size for leaf in leaves])[:-1])
+        pruned = _lowest_of_groups(leaves, sparsity_groups(sparsity, names))
     else:
         rows = [leaf.reshape(math.prod(leaf.shape[:batch_axes]), math.prod(leaf.shape[batch_axes:])) for leaf in leaves]
         sizes = [jnp.sum(~jnp.isposinf(row), axis=1) for row in rows]
         if scope == "erdos_renyi":
+            if isinstance(sparsity, Mapping):
+                raise ValueError("sparsity is a mapping, which says what leaves get: pass scope='leaf' or 'global'.")
             shapes = tuple(leaf.shape[batch_axes:] for leaf in leaves)
-            total = prune_count(per_leaf[0], jnp.sum(jnp.concatenate(sizes)))
+            total = prune_count(sparsity, jnp.sum(jnp.concatenate(sizes)))
             counts = _erdos_renyi_counts(total, sizes, shapes)
         else:
-            counts = [prune_count(s, n) for s, n in zip(per_leaf, sizes, strict=True)]
+            share = {i: group.sparsity for group in sparsity_groups(sparsity, names) for i in group.members}
+            counts = [prune_count(share[i], n) for i, n in enumerate(sizes)]
         pruned = _lowest(rows, counts)
     masks = [~p.reshape(leaf.shape) for p, leaf in zip(pruned, leaves, strict=True)]
     if previous is not None:
@@ -152,14 +165,14 @@ def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
     return pruned / jnp.maximum(counted, 1)
 
 
-def prune_count(sparsity: float | Float[Array, ""], size: Int[Array, "..."]) -> Int[Array, "..."]:
+def prune_count(sparsity: Fraction, size: Int[Array, "..."]) -> Int[Array, "..."]:
     """`round(sparsity · size)`, halves to even, without the rounding error of a float32 product.
 
     The head of the sparsity, a multiple of 2⁻¹², is multiplied in integers and only the tail in
     floats: exact below 2³¹ weights but for products within float error of a half.
 
     Args:
-        sparsity: A number in [0, 1]; a traced one is clipped, NaN counts as 0.
+        sparsity: A number in [0, 1]; a traced one is clipped, NaN counts as 0; or an exact one.
         size: Number of weights, any shape.
 
     Returns:
@@ -173,17 +186,40 @@ def prune_count(sparsity: float | Float[Array, ""], size: Int[Array, "..."]) -> 
         >>> int(wj.prune_count(0.9, 32_360))
         29124
     """
-    if not isinstance(sparsity, float | int):
-        sparsity = jnp.clip(jnp.nan_to_num(jnp.asarray(sparsity, jnp.float32), nan=0.0), 0, 1)
-    scaled = sparsity * 4096
-    head, size = round(scaled), jnp.asarray(size, jnp.int32)
-    tail = jnp.asarray(scaled - head, jnp.float32)
-    head = jnp.asarray(head, jnp.int32)
+    if isinstance(sparsity, ExactSparsity):
+        head, tail = sparsity
+    else:
+        if not isinstance(sparsity, float | int):
+            sparsity = jnp.clip(jnp.nan_to_num(jnp.asarray(sparsity, jnp.float32), nan=0.0), 0, 1)
+        scaled = sparsity * 4096
+        head = round(scaled)
+        tail = scaled - head
+    head, tail, size = jnp.asarray(head, jnp.int32), jnp.asarray(tail, jnp.float32), jnp.asarray(size, jnp.int32)
     low = head * (size % 4096)
     base = head * (size // 4096) + low // 4096
     rest = ((low % 4096).astype(jnp.float32) + tail * size.astype(jnp.float32)) / 4096
     odd = base % 2  # halves to even are those of the sum, not of the rest
     return base - odd + jnp.round(rest + odd).astype(jnp.int32)
+
+
+def exact_sparsity(sparsity: float) -> ExactSparsity:
+    """A sparsity that keeps its value in a compiled program: for tables of them.
+
+    Args:
+        sparsity: A number in [0, 1].
+
+    Returns:
+        Two numbers; `make_masks` and `prune_count` take them for one.
+
+    Raises:
+        ValueError: Outside [0, 1].
+
+    Cost:
+        None.
+    """
+    check_sparsity(sparsity)
+    head = round(sparsity * 4096)
+    return ExactSparsity(head, sparsity * 4096 - head)
 
 
 def check_sparsity(sparsity: Sparsity) -> None:
@@ -202,6 +238,8 @@ def check_sparsity(sparsity: Sparsity) -> None:
         for value in sparsity.values():
             check_sparsity(value)
         return
+    if isinstance(sparsity, ExactSparsity):
+        return  # was checked when it was made
     if jnp.ndim(sparsity) != 0:
         raise ValueError(f"sparsity has shape {jnp.shape(sparsity)}: pass one number, or a mapping by leaf path.")
     if not isinstance(sparsity, jax.core.Tracer) and not 0 <= float(sparsity) <= 1:
@@ -230,17 +268,51 @@ def _ranked(name: str, leaf: Any, previous: Bool[Array, "..."] | None) -> Float[
     return jnp.where(broken, jnp.inf, leaf)
 
 
-def _per_leaf(sparsity: Sparsity, names: list[str]) -> list[float | Float[Array, ""]]:
+class Group(NamedTuple):
+    """Leaves that share a sparsity."""
+
+    pattern: str | None  # None: no mapping, or no pattern of it matches
+    sparsity: Fraction
+    members: list[int]  # numbers of the leaves
+
+
+def sparsity_groups(sparsity: Sparsity, names: list[str]) -> list[Group]:
+    """Sparsities, each with the leaves that it is for: all of them, or those of a pattern.
+
+    Args:
+        sparsity: As in `make_masks`.
+        names: Paths of the leaves.
+
+    Returns:
+        Groups, none of them empty.
+
+    Raises:
+        ValueError: A pattern that matches no leaf.
+    """
     if not isinstance(sparsity, Mapping):
-        return [sparsity] * len(names)
+        return [Group(None, sparsity, list(range(len(names))))]
     for pattern in sparsity:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"sparsity names '{pattern}', which matches no leaf of {names}.")
-    chosen: list[float | Float[Array, ""]] = []
-    for name in names:
-        matches = [value for pattern, value in sparsity.items() if fnmatchcase(name, pattern)]
-        chosen.append(matches[-1] if matches else 0.0)
-    return chosen
+    members: dict[str | None, list[int]] = {None: []} | {pattern: [] for pattern in sparsity}
+    for i, name in enumerate(names):
+        matches = [pattern for pattern in sparsity if fnmatchcase(name, pattern)]
+        members[matches[-1] if matches else None].append(i)
+    return [Group(key, 0.0 if key is None else sparsity[key], group) for key, group in members.items() if group]
+
+
+def _lowest_of_groups(leaves: list[Float[Array, "..."]], groups: list[Group]) -> list[Bool[Array, "..."]]:
+    flats = [jnp.concatenate([leaves[i].reshape(-1) for i in group.members])[None] for group in groups]
+    counts = [
+        prune_count(group.sparsity, jnp.sum(~jnp.isposinf(flat), axis=1))
+        for group, flat in zip(groups, flats, strict=True)
+    ]
+    pruned: dict[int, Bool[Array, "..."]] = {}
+    for group, lowest in zip(groups, _lowest(flats, counts), strict=True):
+        ends = np.cumsum([leaves[i].size for i in group.members])[:-1]
+        parts = jnp.split(lowest[0], ends)
+        pruned |= {i: part.reshape(leaves[i].shape) for i, part in zip(group.members, parts, strict=True)}
+    return [pruned[i] for i in range(len(leaves))]
 
 
 @jax.jit

@@ -1,0 +1,198 @@
+"""Pruning in stages: curvature → scores → masks → updates, at each stage at the weights of the one before.
+
+One-shot pruning, a refresh inside a training and the window of an optimizer differ in where the gradients
+come from. What is done with them is here, once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from woodjax.compensation import Method, compensate
+from woodjax.criteria import magnitude_scores, obs_scores, woodtaylor_scores
+from woodjax.curvature import Curvature, low_rank_fisher, predicted_loss_change
+from woodjax.masks import (
+    ExactSparsity,
+    Fraction,
+    Scope,
+    Sparsity,
+    is_broken,
+    make_masks,
+    mask_sparsity,
+    sparsity_groups,
+)
+from woodjax.schedules import Path, on_path
+from woodjax.stream import GradientStream
+from woodjax.tree import path_name
+from woodjax.typing import Gradients, Masks, Params, Scores
+
+CurvatureFn = Callable[[Any], Curvature]
+Criterion = Callable[..., Scores]
+RowsAt = Callable[[int, Params, Masks], Gradients | GradientStream | None]
+
+
+class StageInfo(NamedTuple):
+    """What one stage did."""
+
+    sparsity: Float[Array, ""]  # reached, of the weights that count
+    predicted_loss_change: Float[Array, ""]  # by the quadratic model; NaN without a curvature
+    damping: Float[Array, ""]  # the largest of any block: higher than asked if a factor failed
+    raised: Int[Array, ""]  # blocks whose factor failed and took more damping
+    nonfinite: Bool[Array, " leaves"]  # leaf kept its mask and weights: scores or updates not finite
+
+
+def prune_stages(
+    params: Params,
+    masks: Masks,
+    rows_at: RowsAt,
+    sparsity: Sparsity,
+    *,
+    stages: int = 1,
+    path: Path = "exponential",
+    curvature: CurvatureFn | None = low_rank_fisher,
+    criterion: Criterion | None = None,
+    method: Method | None = "joint",
+    scope: Scope = "global",
+    batch_axes: int = 0,
+    first_order: bool = False,
+    prunable: tuple[bool, ...] | None = None,
+    strict: bool = True,
+) -> Iterator[tuple[Params, Masks, StageInfo]]:
+    """Prune to a sparsity in one or several stages.
+
+    Args:
+        params: A params-tree.
+        masks: What is pruned already stays pruned.
+        rows_at: `rows_at(number, params, masks)` gives the gradients of a stage, with what is pruned at zero: leaves
+            `[m, *leaf.shape]`, a stream of them, or None where the curvature is None.
+        sparsity: As in `make_masks`.
+        stages: Number of stages.
+        path: Sparsities on the way, from that of `masks` to `sparsity`.
+        curvature: From gradients to a curvature; None for criteria that see no data.
+        criterion: `criterion(params, curvature)`; `criterion(params)` without curvature, `criterion(params,
+            curvature, gradient)` with `first_order`. None takes OBS, magnitude or WoodTaylor.
+        method: As in `compensate`, or None to leave the survivors where they are.
+        scope: As in `make_masks`.
+        batch_axes: As in `make_masks`.
+        first_order: Use the mean gradient as well, for networks that are not at a minimum.
+        prunable: For each leaf, may it be pruned? None leaves that to the scores.
+        strict: Outside `jit`, raise on scores that are not finite rather than leave their leaf as it is.
+
+    Yields:
+        Parameters, masks and what was done, after each stage.
+
+    Cost:
+        For each stage one curvature, its inverse diagonal, one `compensate` and two products.
+    """
+    if criterion is None:
+        criterion = magnitude_scores if curvature is None else woodtaylor_scores if first_order else obs_scores
+    initial = None
+    for number in range(stages):
+        rows = rows_at(number, params, masks)
+        # A stream runs its own compiled steps from the host; gradients that are held go through one program.
+        score, move = (_score, _move) if isinstance(rows, GradientStream) else (_score_jit, _move_jit)
+        hessian, gradient, scores = score(
+            params, rows, curvature=curvature, criterion=criterion, first_order=first_order, prunable=prunable
+        )
+        del rows  # the curvature has what it needs of them
+        if initial is None and stages > 1:
+            initial = _reached(sparsity, masks, scores)
+        target = _target(sparsity, initial, (number + 1) / stages, path)
+        ranked = scores if strict else jax.tree.map(lambda s: jnp.where(is_broken(s), jnp.inf, s), scores)
+        new_masks = make_masks(ranked, target, scope=scope, previous=masks, batch_axes=batch_axes)
+        params, masks, info = move(params, masks, new_masks, scores, hessian, gradient, method=method)
+        yield params, masks, info
+
+
+def _reached(sparsity: Sparsity, masks: Masks, scores: Scores) -> dict[str | None, Any]:
+    # Sparsity of the masks, over all leaves or those of each pattern.
+    paths, scored = zip(*jax.tree_util.tree_leaves_with_path(scores), strict=True)
+    kept = jax.tree.leaves(masks)
+    reached: dict[str | None, Any] = {}
+    for group in sparsity_groups(sparsity, [path_name(path) for path in paths]):
+        value = mask_sparsity([kept[i] for i in group.members], [scored[i] for i in group.members])
+        reached[group.pattern] = value if isinstance(value, jax.core.Tracer) else float(value)
+    return reached
+
+
+def _target(sparsity: Sparsity, initial: dict[str | None, Any] | None, time: float, path: Path) -> Sparsity:
+    if initial is None or time == 1:
+        return sparsity  # the last stage meets it to the count
+
+    def between(fraction: Fraction, start: Any) -> Any:
+        final = fraction.value if isinstance(fraction, ExactSparsity) else fraction
+        if any(isinstance(x, jax.Array) for x in (final, start)):
+            return on_path(final, jnp.minimum(start, final), time, path)
+        return float(on_path(final, min(start, final), time, path))
+
+    if isinstance(sparsity, Mapping):
+        return {key: between(fraction, initial.get(key, 0.0)) for key, fraction in sparsity.items()}
+    return between(sparsity, initial[None])
+
+
+def _score(
+    params: Params,
+    rows: Gradients | GradientStream | None,
+    *,
+    curvature: CurvatureFn | None,
+    criterion: Criterion,
+    first_order: bool,
+    prunable: tuple[bool, ...] | None,
+) -> tuple[Curvature | None, Params | None, Scores]:
+    if curvature is None:
+        hessian, gradient, scores = None, None, criterion(params)
+    elif first_order:
+        hessian, gradient = curvature(rows), _mean(rows)
+        scores = criterion(params, hessian, gradient)
+    else:
+        hessian, gradient = curvature(rows), None
+        scores = criterion(params, hessian)
+    if prunable is not None:
+        leaves, treedef = jax.tree.flatten(scores)
+        held = [s if may else jnp.full_like(s, jnp.inf) for s, may in zip(leaves, prunable, strict=True)]
+        scores = jax.tree.unflatten(treedef, held)
+    return hessian, gradient, scores
+
+
+def _mean(rows: Gradients | GradientStream | None) -> Params:
+    if isinstance(rows, GradientStream):
+        return rows.combine(jnp.full(rows.num_rows, 1 / rows.num_rows))
+    return jax.tree.map(lambda g: jnp.mean(g, axis=0, dtype=jnp.promote_types(g.dtype, jnp.float32)), rows)
+
+
+def _move(
+    params: Params,
+    masks: Masks,
+    new_masks: Masks,
+    scores: Scores,
+    hessian: Curvature | None,
+    gradient: Params | None,
+    *,
+    method: Method | None,
+) -> tuple[Params, Masks, StageInfo]:
+    steps = jax.tree.map(lambda w, mask: jnp.where(mask, 0, -w), params, new_masks)
+    if hessian is not None and method is not None:
+        steps = compensate(params, new_masks, hessian, method=method, gradient=gradient)
+    finite = jax.tree.map(lambda step: jnp.all(jnp.isfinite(step)), steps)
+    # A leaf whose update is lost stays as it is, mask and weights.
+    updates = jax.tree.map(lambda ok, step: jnp.where(ok, step, 0), finite, steps)
+    kept = jax.tree.map(jnp.where, finite, new_masks, masks)
+    pruned = optax.apply_updates(params, updates)
+    broken = jax.tree.map(lambda ok, s: ~ok | is_broken(s), finite, scores)
+    unknown = jnp.full((), jnp.nan)
+    info = StageInfo(
+        sparsity=mask_sparsity(kept, scores),
+        predicted_loss_change=unknown if hessian is None else predicted_loss_change(updates, hessian, gradient),
+        damping=unknown if hessian is None else jnp.max(hessian.damping),
+        raised=jnp.zeros((), jnp.int32) if hessian is None else hessian.raised,
+        nonfinite=jnp.stack(jax.tree.leaves(broken)),
+    )
+    return pruned, kept, info
+
+
+_score_jit = jax.jit(_score, static_argnames=("curvature", "criterion", "first_order", "prunable"))
+_move_jit = jax.jit(_move, static_argnames="method")

@@ -1,0 +1,233 @@
+"""`prune_transform`: pruned weights stay zero through any optimizer, and more are pruned on schedule.
+
+What is returned for a pruned weight is `−p`: `p + (−p)` is exactly zero, in bfloat16 too. So the transform has to
+be the last that touches the updates: the last element of a chain, or around everything.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Int
+
+from woodjax.compensation import Method
+from woodjax.masks import Scope, Sparsity
+from woodjax.schedules import Path, Schedule
+from woodjax.stages import Criterion
+from woodjax.transform.refresh import run_stages, without_data
+from woodjax.transform.state import PruneState, RefreshInfo, clean_moments, no_refresh
+from woodjax.transform.window import GradientWindow, WindowState
+from woodjax.tree import apply_masks
+from woodjax.typing import Masks, Params, Updates
+
+RefreshFn = Callable[[Params, Masks, Sparsity], tuple[Params, Masks, RefreshInfo]]
+
+
+def prune_transform(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    schedule: Schedule | None = None,
+    fisher: GradientWindow | None = None,
+    criterion: Criterion | None = None,
+    method: Method | None = "joint",
+    first_order: bool = False,
+    scope: Scope = "global",
+    batch_axes: int = 0,
+    recomputations: int = 1,
+    path: Path = "exponential",
+) -> optax.GradientTransformationExtraArgs:
+    """Train with pruned weights at zero, and prune more of them on schedule.
+
+    | who prunes | what says when and how | a step on which none is due |
+    |---|---|---|
+    | you, by `woodjax.refresh(params, opt_state, ...)` where `schedule.due(step)` | `refresh` | holds zeros |
+    | `tx.update(grads, state, params, refresh_fn=...)` | `schedule`, `refresh_fn` | and holds the refresh's workspace |
+    | the transform, by gradients it saw | `schedule`, `fisher=gradient_window(m)` | and writes a row |
+    | the transform, without data | `schedule`, `criterion=magnitude_scores` | holds zeros |
+
+    Around an optimizer, `prune_transform(optax.adamw(1e-3), ...)`, gradients of pruned weights are zero
+    before it sees them (for clipping and moments), and moments of weights that die are zero. As the last
+    element of a chain it can only hold the zeros: what is before it never hears of them.
+
+    Args:
+        inner: The optimizer to wrap; None for the last element of a chain.
+        schedule: When to prune, and to what sparsity.
+        fisher: Where the transform itself takes curvature from. As the element of a chain it sees updates, not
+            gradients: wrap the whole chain, or pass `grad=` to the update.
+        criterion: As in `prune_one_shot`.
+        method: As in `prune_one_shot`.
+        first_order: As in `prune_one_shot`.
+        scope: As in `make_masks`.
+        batch_axes: As in `make_masks`.
+        recomputations: Stages of one pruning, the curvature computed anew at each from the same gradients.
+        path: Sparsities of the recomputations.
+
+    Returns:
+        A transformation whose state holds masks; `get_masks`, `set_masks` and `get_info` find it in any state.
+        Its update takes two more keywords: `refresh_fn(params, masks, sparsity) -> (params, masks, info)`, for
+        example a `functools.partial` of `refresh_masks`, and `grad`, the gradients, for a `fisher` in a chain. Others
+        go to `inner`.
+
+    Raises:
+        ValueError: `fisher` or `criterion` without a schedule, or a schedule that is a bare function. At an update: no
+            `params`; updates not shaped like the parameters; a `refresh_fn` without a schedule, or beside `fisher`
+            or `criterion`; `fisher` without gradients.
+
+    Cost:
+        A byte a weight for masks. Holding zeros reads masks and parameters once, in the same pass as the update.
+
+    References:
+        Zhu & Gupta 2017 (arXiv 1710.01878); Frantar et al., M-FAC, 2021 (arXiv 2107.03356), section 3.2.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, woodjax as wj
+        >>> schedule = wj.one_shot_schedule(step=0, target=0.5)
+        >>> tx = wj.prune_transform(optax.sgd(0.1), schedule=schedule, criterion=wj.magnitude_scores)
+        >>> params = {"w": jnp.array([[3.0, 1.0]])}
+        >>> updates, state = tx.update({"w": jnp.array([[1.0, 1.0]])}, tx.init(params), params)
+        >>> [round(w, 3) for w in optax.apply_updates(params, updates)["w"][0].tolist()]
+        [2.9, 0.0]
+    """
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"schedule is a {type(schedule).__name__}: pass a woodjax schedule, or make one of a function by "
+            "woodjax.schedule_of(function, begin=, end=, every=)."
+        )
+    prunes = fisher is not None or criterion is not None
+    if prunes and schedule is None:
+        raise ValueError("fisher and criterion prune on schedule: pass schedule=, for example cubic_schedule(...).")
+    optimizer = None if inner is None else optax.with_extra_args_support(inner)
+    options = {"criterion": criterion, "method": method, "scope": scope, "batch_axes": batch_axes, "path": path}
+    if criterion is not None and fisher is None:
+        own_refresh = partial(without_data, curvature=None, recomputations=recomputations, **options)
+    else:
+        own_refresh = None
+    options |= {"stages": recomputations, "first_order": first_order}
+
+    def init_fn(params: Params) -> PruneState:
+        masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+        return PruneState(
+            count=jnp.zeros((), jnp.int32),
+            masks=masks,
+            window=() if fisher is None else fisher.init(params),
+            info=no_refresh(masks),
+            inner_state=() if optimizer is None else optimizer.init(params),
+        )
+
+    def update_fn(
+        updates: Updates,
+        state: PruneState,
+        params: Params | None = None,
+        *,
+        grad: Params | None = None,
+        refresh_fn: RefreshFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[Updates, PruneState]:
+        if params is None:
+            raise ValueError(
+                "params is None: pruned weights are held at zero by -params. Call tx.update(grads, state, params)."
+            )
+        check_trees(updates, state.masks, params)
+        if refresh_fn is not None and (prunes or schedule is None):
+            raise ValueError(
+                "refresh_fn prunes on schedule, and alone: "
+                + ("leave out fisher and criterion." if prunes else "pass schedule= to prune_transform.")
+            )
+        window, inner_state = state.window, state.inner_state
+        if fisher is not None:
+            gradients = grad if optimizer is None else updates
+            if gradients is None:
+                raise ValueError(
+                    "fisher needs gradients, and an element of a chain sees updates: wrap the whole chain, "
+                    "prune_transform(optax.chain(...), fisher=...), or pass tx.update(..., grad=grads)."
+                )
+            window = fisher.add(window, gradients)
+            refresh_fn = partial(_from_window, fisher, window, options)
+        if optimizer is not None:
+            extra_args |= {} if grad is None else {"grad": grad}
+            masked = apply_masks(updates, state.masks)
+            updates, inner_state = optimizer.update(masked, inner_state, params, **extra_args)
+        held, masks, info = hold(updates, params, state.masks), state.masks, state.info
+        count = jnp.asarray(optax.safe_increment(state.count))
+        refresh_fn = refresh_fn or own_refresh
+        if schedule is not None and refresh_fn is not None and jax.tree.leaves(masks):
+
+            def prune() -> tuple[Updates, Masks, RefreshInfo]:
+                return _prune(refresh_fn, schedule.exact(state.count), held, params, state.masks, count)
+
+            held, masks, info = lax.cond(schedule.due(state.count), prune, lambda: (held, masks, info))
+            inner_state = clean_moments(inner_state, masks)
+        return held, PruneState(count, masks, window, info, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, cast(optax.TransformUpdateExtraArgsFn, update_fn))
+
+
+def hold(updates: Updates, params: Params, masks: Masks) -> Updates:
+    """Updates that leave pruned weights at zero: `where(mask, u, −p)`.
+
+    Args:
+        updates: A params-tree.
+        params: A params-tree.
+        masks: A params-tree of bool.
+
+    Returns:
+        Updates, in a dtype that holds `−p` exactly.
+    """
+    return jax.tree.map(lambda u, p, mask: jnp.where(mask, u, -p), updates, params, masks)
+
+
+def check_trees(updates: Updates, masks: Masks, params: Params) -> None:
+    """Raise unless updates and parameters are shaped like the masks.
+
+    Args:
+        updates: A params-tree.
+        masks: A params-tree of bool.
+        params: A params-tree.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    for name, tree in (("updates", updates), ("params", params)):
+        if jax.tree.structure(tree) != jax.tree.structure(masks):
+            raise ValueError(
+                f"{name} have the structure {jax.tree.structure(tree)}, the state was made for "
+                f"{jax.tree.structure(masks)}: init and update take the same tree of parameters."
+            )
+
+
+def _prune(
+    refresh_fn: RefreshFn,
+    sparsity: Sparsity,
+    held: Updates,
+    params: Params,
+    masks: Masks,
+    count: Int[Array, ""],
+) -> tuple[Updates, Masks, RefreshInfo]:
+    # The optimizer's step, then the pruning: both as one update of the parameters.
+    pruned, masks, info = refresh_fn(optax.apply_updates(params, held), masks, sparsity)
+    moved = hold(jax.tree.map(jnp.subtract, pruned, params), params, masks)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), moved, held), masks, info._replace(step=count)
+
+
+def _from_window(
+    fisher: GradientWindow,
+    window: WindowState,
+    options: dict[str, Any],
+    params: Params,
+    masks: Masks,
+    sparsity: Sparsity,
+) -> tuple[Params, Masks, RefreshInfo]:
+    rows = fisher.gradients(window, params)
+    return run_stages(
+        params,
+        masks,
+        lambda number, params, kept: apply_masks(rows, kept),  # what was pruned leaves the problem
+        sparsity,
+        curvature=fisher.curvature,
+        prunable=fisher.kept(params),
+        **options,
+    )

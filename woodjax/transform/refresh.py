@@ -1,0 +1,238 @@
+"""A refresh: new masks from data, and survivors that move to make up for what goes.
+
+`refresh` is called between training steps, when the schedule says so: the training step stays as fast as it is.
+`refresh_masks` is the same on masks alone, for `prune_transform`'s `refresh_fn=`, inside a compiled loop.
+"""
+
+from typing import Any, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from woodjax.compensation import Method
+from woodjax.curvature import low_rank_fisher
+from woodjax.masks import Scope, Sparsity
+from woodjax.one_shot import OneShotInfo, prune_one_shot
+from woodjax.schedules import Path, check_stages
+from woodjax.stages import Criterion, CurvatureFn, StageInfo, prune_stages
+from woodjax.transform.state import (
+    OptState,
+    RefreshInfo,
+    clean_moments,
+    densities,
+    find_state,
+    no_refresh,
+    replace_state,
+)
+from woodjax.tree import check_like
+from woodjax.typing import Batch, LossFn, Masks, Params
+
+
+class RefreshOptions(TypedDict, total=False):
+    """Keywords of `refresh` and `refresh_masks` that they hand to `prune_one_shot`."""
+
+    curvature: CurvatureFn | None
+    criterion: Criterion | None
+    method: Method | None
+    first_order: bool
+    scope: Scope
+    batch_axes: int
+    path: Path
+    stream: bool
+    examples_per_stage: int | None
+    key: Key[Array, ""] | None
+    microbatch_size: int | None
+    examples_per_gradient: int
+    check: bool
+
+
+def refresh(
+    params: Params,
+    opt_state: OptState,
+    batch: Batch,
+    sparsity: Sparsity,
+    *,
+    loss_fn: LossFn | None = None,
+    recomputations: int = 1,
+    measure_loss: bool = False,
+    **options: Unpack[RefreshOptions],
+) -> tuple[Params, OptState, RefreshInfo]:
+    """Prune a network in training to a sparsity: between two steps, when the schedule says so.
+
+    Args:
+        params: A params-tree: the network.
+        opt_state: State of an optimizer with one `prune_transform` in it. Keep both: they are not changed.
+        batch: Examples `[n, ...]` along the first axis of every leaf; None where the curvature is None.
+        sparsity: As in `make_masks`: what is pruned already stays pruned, and counts.
+        loss_fn: `loss_fn(params, example) -> scalar` for one example: deterministic, batch normalisation in
+            eval mode. Pass the same function again to reuse what was compiled.
+        recomputations: Stages of the refresh, with the curvature computed anew at each.
+        measure_loss: Measure the loss over the examples before and after: two forward passes for each
+            recomputation.
+        **options: `curvature`, `criterion`, `method`, `first_order`, `scope`, `batch_axes`, `path`, `stream`,
+            `examples_per_stage`, `key`, `microbatch_size`, `examples_per_gradient` and `check`, all as in
+            `prune_one_shot`. `curvature=None` prunes by magnitude, without data.
+
+    Returns:
+        Parameters (pruned weights exactly zero), the state with new masks, clean moments and the same info, and
+        what was done. A leaf whose scores or updates are not finite keeps its mask and weights.
+
+    Raises:
+        ValueError: As `prune_one_shot`; no `PruneState` in `opt_state`; a curvature but no loss or batch.
+
+    Cost:
+        As `prune_one_shot` with `stages=recomputations`.
+
+    References:
+        Zhu & Gupta 2017 (arXiv 1710.01878); Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340), section 5.3.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, woodjax as wj
+        >>> loss = lambda p, xy: (xy[0] @ p["w"][:, 0] - xy[1]) ** 2
+        >>> x = jnp.array([[1.0, 1.1], [2.0, 1.9], [3.0, 3.2]])
+        >>> params, tx = {"w": jnp.array([[1.0], [0.5]])}, wj.prune_transform(optax.sgd(0.1))
+        >>> params, state, info = wj.refresh(params, tx.init(params), (x, x.sum(1)), 0.5, loss_fn=loss)
+        >>> wj.get_masks(state)["w"].tolist(), float(info.sparsity)
+        ([[True], [False]], 0.5)
+    """
+    state = find_state(opt_state)
+    params, masks, info = refresh_masks(
+        params,
+        state.masks,
+        sparsity,
+        loss_fn=loss_fn,
+        batch=batch,
+        recomputations=recomputations,
+        measure_loss=measure_loss,
+        **options,
+    )
+    info = info._replace(step=state.count)
+    opt_state = replace_state(opt_state, lambda old: old._replace(masks=masks, info=info))
+    return params, clean_moments(opt_state, masks), info
+
+
+def refresh_masks(
+    params: Params,
+    masks: Masks,
+    sparsity: Sparsity,
+    *,
+    loss_fn: LossFn | None = None,
+    batch: Batch = None,
+    recomputations: int = 1,
+    measure_loss: bool = False,
+    **options: Unpack[RefreshOptions],
+) -> tuple[Params, Masks, RefreshInfo]:
+    """`refresh` without an optimizer state: for the `refresh_fn=` of an update.
+
+    `tx.update(grads, state, params, refresh_fn=functools.partial(wj.refresh_masks, loss_fn=loss_fn, batch=batch))`
+
+    Args:
+        params: As in `refresh`.
+        masks: A params-tree of bool: what is pruned so far.
+        sparsity: As in `refresh`.
+        loss_fn: As in `refresh`.
+        batch: As in `refresh`.
+        recomputations: As in `refresh`.
+        measure_loss: As in `refresh`.
+        **options: As in `refresh`.
+
+    Returns:
+        Parameters, masks, and what was done, with `step` -1.
+
+    Raises:
+        ValueError: As `refresh`.
+
+    Cost:
+        As `refresh`.
+    """
+    check_like(masks, params, "masks")
+    if options.get("curvature", low_rank_fisher) is None and batch is None:
+        return without_data(params, masks, sparsity, recomputations=recomputations, **options)
+    if loss_fn is None or batch is None:
+        missing = "loss_fn" if loss_fn is None else "batch"
+        raise ValueError(f"{missing} is None: curvature comes from a loss and examples. Without, pass curvature=None.")
+    pruned, masks, info = prune_one_shot(
+        loss_fn,
+        params,
+        batch,
+        sparsity,
+        masks=masks,
+        stages=recomputations,
+        measure_loss=measure_loss,
+        on_broken="keep",
+        **options,
+    )
+    return pruned, masks, summary(masks, info, info.loss_before[0], info.loss_after[-1])
+
+
+def without_data(
+    params: Params, masks: Masks, sparsity: Sparsity, *, recomputations: int = 1, **options: Any
+) -> tuple[Params, Masks, RefreshInfo]:
+    """A refresh by a criterion that sees no data.
+
+    Args:
+        params: As in `refresh`.
+        masks: As in `refresh_masks`.
+        sparsity: As in `refresh`.
+        recomputations: As in `refresh`.
+        **options: Those of `prune_stages`; `curvature` is None.
+
+    Returns:
+        As `refresh_masks`.
+
+    Raises:
+        ValueError: An option that needs data.
+    """
+    check_stages(recomputations, options.get("path", "exponential"))
+    needless = sorted(set(options) & {"stream", "examples_per_stage", "key", "microbatch_size", "check", "first_order"})
+    if needless:
+        raise ValueError(f"{needless} are of no use without data: pass loss_fn and batch, or leave them out.")
+    return run_stages(params, masks, lambda *_: None, sparsity, stages=recomputations, **options)
+
+
+def run_stages(
+    params: Params, masks: Masks, rows_at: Any, sparsity: Sparsity, **options: Any
+) -> tuple[Params, Masks, RefreshInfo]:
+    """All stages of a refresh whose loss is not measured.
+
+    Args:
+        params: As in `refresh`.
+        masks: As in `refresh_masks`.
+        rows_at: As in `prune_stages`.
+        sparsity: As in `refresh`.
+        **options: As in `prune_stages`.
+
+    Returns:
+        As `refresh_masks`.
+    """
+    done = list(prune_stages(params, masks, rows_at, sparsity, strict=False, **options))
+    pruned, kept, _ = done[-1]
+    infos = jax.tree.map(lambda *fields: jnp.stack(fields), *[info for *_, info in done])
+    return pruned, kept, summary(kept, infos, jnp.full((), jnp.nan), jnp.full((), jnp.nan))
+
+
+def summary(masks: Masks, info: OneShotInfo | StageInfo, loss_before: Array, loss_after: Array) -> RefreshInfo:
+    """What all stages of a refresh did.
+
+    Args:
+        masks: After the last.
+        info: Fields with one entry for each stage.
+        loss_before: Before the first.
+        loss_after: After the last.
+
+    Returns:
+        The info of the refresh, `step` still -1.
+    """
+    found = RefreshInfo(
+        step=jnp.full((), -1),
+        sparsity=info.sparsity[-1],
+        predicted_loss_change=jnp.sum(info.predicted_loss_change),
+        loss_before=loss_before,
+        loss_after=loss_after,
+        damping=jnp.max(info.damping),
+        raised=jnp.sum(info.raised),
+        density=densities(masks),
+        nonfinite=jnp.any(info.nonfinite, axis=0),
+    )
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), found, no_refresh(masks))
