@@ -16,6 +16,7 @@ Memory: `rows · d` for the result; the backward pass holds `microbatch_size` ex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,12 +198,28 @@ def group_examples(batch: Batch, examples_per_gradient: int) -> Batch:
     return jax.tree.map(lambda x: jnp.reshape(x, (size // s, s, *x.shape[1:])), batch)
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class LossRow:
-    """Gradient of one example, or of the mean over a group. Hashable, so that `jit` knows it again."""
+    """Gradient of one example, or of the mean over a group.
+
+    Known to `jit` by the function. A loss that is a `jax.tree_util.Partial` is known by its function and the shapes
+    of what is bound: other values, such as newer batch statistics, compile nothing anew.
+    """
 
     loss_fn: LossFn
     grouped: bool
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Bound arrays, and what is static."""
+        bound = isinstance(self.loss_fn, jax.tree_util.Partial)
+        return ((self.loss_fn,), (None, self.grouped)) if bound else ((), (self.loss_fn, self.grouped))
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "LossRow":
+        """Put together again."""
+        function, grouped = static
+        return cls(children[0] if children else function, grouped)
 
     def loss(self, params: Params, row: Batch) -> Float[Array, ""]:
         """Loss of the row."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
-from woodjax.gradients import batch_size
+from woodjax.gradients import LossRow, batch_size
 from woodjax.masks import Scope, Sparsity, check_sparsity
 from woodjax.schedules import Path, check_stages
 from woodjax.stages import Criterion, CurvatureFn, prune_stages
@@ -160,7 +160,7 @@ def prune_one_shot(
     def loss(params: Params, number: int) -> Float[Array, ""]:
         if not measure_loss:
             return jnp.full((), jnp.nan)
-        return _mean_loss(params, examples_of(number), loss_fn=loss_fn, microbatch_size=microbatch_size)
+        return _mean_loss(params, examples_of(number), LossRow(loss_fn, False), microbatch_size=microbatch_size)
 
     infos, before = [], params
     stages_done = prune_stages(
@@ -193,8 +193,8 @@ def prune_one_shot(
     return params, masks, jax.tree.map(lambda *fields: jnp.stack(fields), *infos)
 
 
-@partial(jax.jit, static_argnames=("loss_fn", "microbatch_size"))
-def _mean_loss(params: Params, examples: Batch, *, loss_fn: LossFn, microbatch_size: int | None) -> Float[Array, ""]:
+@partial(jax.jit, static_argnames="microbatch_size")
+def _mean_loss(params: Params, examples: Batch, loss_row: LossRow, *, microbatch_size: int | None) -> Float[Array, ""]:
     if microbatch_size is None:
-        return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, examples))
-    return jnp.mean(jax.lax.map(lambda x: loss_fn(params, x), examples, batch_size=microbatch_size))
+        return jnp.mean(jax.vmap(loss_row.loss, in_axes=(None, 0))(params, examples))
+    return jnp.mean(jax.lax.map(lambda x: loss_row.loss(params, x), examples, batch_size=microbatch_size))

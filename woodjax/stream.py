@@ -30,8 +30,8 @@ State = TypeVar("State")
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "batch", "masks"],
-    meta_fields=["loss_fn", "microbatch_size", "examples_per_gradient", "precision"],
+    data_fields=["params", "batch", "masks", "loss_row"],
+    meta_fields=["microbatch_size", "examples_per_gradient", "precision"],
 )
 @dataclass(frozen=True)
 class GradientStream:
@@ -40,7 +40,7 @@ class GradientStream:
     params: Params
     batch: Batch  # [n, ...]
     masks: Masks | None  # False: the coordinate is out of the problem
-    loss_fn: LossFn
+    loss_row: LossRow  # loss and gradient of one row
     microbatch_size: int
     examples_per_gradient: int
     precision: str | None = None  # of the model's own matrix products; None leaves it to JAX
@@ -59,11 +59,6 @@ class GradientStream:
     def rows(self) -> Batch:
         """The examples, each row's group along the second axis where there are several in a row."""
         return group_examples(self.batch, self.examples_per_gradient)
-
-    @property
-    def loss_row(self) -> LossRow:
-        """Loss and gradient of one row."""
-        return LossRow(self.loss_fn, self.examples_per_gradient > 1)
 
     def precise(self) -> "GradientStream":
         """The same rows in at least float32, products of the model included.
@@ -100,7 +95,7 @@ class GradientStream:
         Returns:
             The last state.
         """
-        arguments, static = (self.params, self.rows, self.masks), self._static()
+        arguments, static = (self.params, self.rows, self.masks, self.loss_row), self._static()
         return self._loop(lambda s, start: _fold_step(s, *arguments, start, step=step, row=row, stream=static), state)
 
     def step_bytes(self, step: Callable[..., State], state: State) -> int:
@@ -117,7 +112,7 @@ class GradientStream:
             ValueError: The backend does not tell.
         """
         lowered = _fold_step.lower(
-            state, self.params, self.rows, self.masks, 0, step=step, row=None, stream=self._static()
+            state, self.params, self.rows, self.masks, self.loss_row, 0, step=step, row=None, stream=self._static()
         )
         memory = lowered.compile().memory_analysis()
         if memory is None:
@@ -137,7 +132,7 @@ class GradientStream:
             ValueError: Another tree than the parameters.
         """
         check_like(vector, self.params, "vector")
-        arguments = self.params, self.rows, self.masks, vector
+        arguments = self.params, self.rows, self.masks, self.loss_row, vector
         return self._loop(
             lambda s, start: _products_step(s, *arguments, start, stream=self._static()),
             jnp.zeros(self.num_rows, wide_dtype(self.params)),
@@ -159,7 +154,7 @@ class GradientStream:
             raise ValueError(
                 f"coefficients have shape {jnp.shape(coefficients)}, expected one for each of {self.num_rows} rows."
             )
-        arguments = self.params, self.rows, self.masks, coefficients
+        arguments = self.params, self.rows, self.masks, self.loss_row, coefficients
         empty = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
         return self._loop(lambda s, start: _combine_step(s, *arguments, start, stream=self._static()), empty)
 
@@ -173,7 +168,7 @@ class GradientStream:
         return state
 
     def _static(self) -> "_Static":
-        return _Static(self.loss_row, self.rows_at_once, self.num_rows, self.precision)
+        return _Static(self.rows_at_once, self.num_rows, self.precision)
 
 
 def stream_gradients(
@@ -191,7 +186,8 @@ def stream_gradients(
     `block_fisher`, `diagonal_fisher` and `low_rank_fisher` take a stream wherever they take gradients.
 
     Args:
-        loss_fn: `loss_fn(params, example) -> scalar` for one example, as in `per_example_gradients`.
+        loss_fn: `loss_fn(params, example) -> scalar` for one example, as in `per_example_gradients`. Arrays bound by
+            `jax.tree_util.Partial` may change without compiling anew.
         params: A params-tree of floating leaves.
         batch: Examples stacked along the first axis of every leaf, `[n, ...]`.
         masks: False takes a coordinate out of the problem: its gradient is zero.
@@ -228,26 +224,27 @@ def stream_gradients(
     if check:
         check_loss(loss_fn, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
     params, batch, masks = jax.tree.map(jnp.asarray, (params, batch, masks))  # once, not at every micro-batch
-    return GradientStream(params, batch, masks, loss_fn, microbatch_size, examples_per_gradient)
+    loss_row = LossRow(loss_fn, examples_per_gradient > 1)
+    return GradientStream(params, batch, masks, loss_row, microbatch_size, examples_per_gradient)
 
 
 @dataclass(frozen=True)
 class _Static:
     """What the compiled steps know of a stream."""
 
-    row: LossRow
     rows_at_once: int
     num_rows: int
     precision: str | None
-
-    def losses(self, params: Params, chunk: Batch) -> Float[Array, " k"]:
-        return jax.vmap(self.row.loss, in_axes=(None, 0))(params, chunk)
 
     def take(self, rows: Any, start: Int[Array, ""] | int) -> tuple[Any, Array, Array]:
         """Rows of a micro-batch, the first of them, and which were not seen before."""
         first = jnp.minimum(start, self.num_rows - self.rows_at_once)  # the last one repeats rows of the one before
         chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, self.rows_at_once), rows)
         return chunk, first, first + jnp.arange(self.rows_at_once) >= start
+
+
+def _losses(loss_row: LossRow, params: Params, chunk: Batch) -> Float[Array, " k"]:
+    return jax.vmap(loss_row.loss, in_axes=(None, 0))(params, chunk)
 
 
 def _write(result: Gradients, gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Gradients:
@@ -261,6 +258,7 @@ def _fold_step(
     params: Params,
     rows: Batch,
     masks: Masks | None,
+    loss_row: LossRow,
     start: int,
     *,
     step: Callable,
@@ -269,7 +267,7 @@ def _fold_step(
 ) -> Any:
     chunk, first, fresh = stream.take(rows, start)
     with jax.default_matmul_precision(stream.precision):
-        gradients = jax.vmap(row or stream.row, in_axes=(None, 0))(params, chunk)
+        gradients = jax.vmap(row or loss_row, in_axes=(None, 0))(params, chunk)
     if masks is not None and row is None:
         gradients = apply_masks(gradients, masks)
     return step(state, gradients, first, fresh)
@@ -277,13 +275,21 @@ def _fold_step(
 
 @partial(jax.jit, static_argnames="stream", donate_argnums=0)
 def _products_step(
-    result: Array, params: Params, rows: Batch, masks: Masks | None, vector: Params, start: int, *, stream: _Static
+    result: Array,
+    params: Params,
+    rows: Batch,
+    masks: Masks | None,
+    loss_row: LossRow,
+    vector: Params,
+    start: int,
+    *,
+    stream: _Static,
 ) -> Array:
     chunk, first, _ = stream.take(rows, start)
     along = vector if masks is None else apply_masks(vector, masks)
     tangent = jax.tree.map(lambda v, w: v.astype(w.dtype), along, params)
     with jax.default_matmul_precision(stream.precision):
-        _, slopes = jax.jvp(lambda p: stream.losses(p, chunk), (params,), (tangent,))
+        _, slopes = jax.jvp(lambda p: _losses(loss_row, p, chunk), (params,), (tangent,))
     return lax.dynamic_update_slice_in_dim(result, slopes.astype(result.dtype), first, 0)
 
 
@@ -293,6 +299,7 @@ def _combine_step(
     params: Params,
     rows: Batch,
     masks: Masks | None,
+    loss_row: LossRow,
     coefficients: Array,
     start: int,
     *,
@@ -300,7 +307,7 @@ def _combine_step(
 ) -> Params:
     (chunk, weights), _, fresh = stream.take((rows, coefficients), start)
     with jax.default_matmul_precision(stream.precision):
-        gradient = jax.grad(lambda p: jnp.dot(jnp.where(fresh, weights, 0), stream.losses(p, chunk)))(params)
+        gradient = jax.grad(lambda p: jnp.dot(jnp.where(fresh, weights, 0), _losses(loss_row, p, chunk)))(params)
     if masks is not None:
         gradient = apply_masks(gradient, masks)
     return jax.tree.map(jnp.add, result, gradient)

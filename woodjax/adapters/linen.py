@@ -1,6 +1,7 @@
 """Flax Linen: a module in eval mode as a pure function of its parameters."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,8 @@ def functional(module: nn.Module, variables: Mapping[str, Any], **kwargs: Any) -
         **kwargs: Passed to the call, for example `train=False` or `deterministic=True`.
 
     Returns:
-        `apply_fn`, and `variables["params"]`.
+        `apply_fn`, and `variables["params"]`. `apply_fn` is a `jax.tree_util.Partial`: one made later, with other
+        batch statistics, compiles nothing anew where losses are made of it.
 
     Raises:
         ValueError: No `"params"` in `variables`. When `apply_fn` is traced: the module changed a
@@ -40,8 +42,21 @@ def functional(module: nn.Module, variables: Mapping[str, Any], **kwargs: Any) -
         raise ValueError(f"variables have the collections {list(variables)}: 'params' is missing.")
     rest = {name: value for name, value in variables.items() if name != "params"}
 
-    def apply_fn(params: Params, inputs: Array) -> Float[Array, "n classes"]:
-        logits, changed = module.apply({"params": params, **rest}, inputs, mutable=list(rest), **kwargs)
+    return jax.tree_util.Partial(_Apply(module, kwargs), rest), variables["params"]
+
+
+@dataclass(frozen=True, eq=True)
+class _Apply:
+    """A call of a module, known to `jit` by the module and the options of the call."""
+
+    module: nn.Module
+    kwargs: dict[str, Any]
+
+    def __hash__(self) -> int:
+        return hash(type(self.module))  # a module may hold lists
+
+    def __call__(self, rest: dict[str, Any], params: Params, inputs: Array) -> Float[Array, "n classes"]:
+        logits, changed = self.module.apply({"params": params, **rest}, inputs, mutable=list(rest), **self.kwargs)
         before, after = jax.tree.leaves(rest), jax.tree.leaves(changed)
         if any(a is not b for a, b in zip(before, after, strict=True)):
             raise ValueError(
@@ -49,5 +64,3 @@ def functional(module: nn.Module, variables: Mapping[str, Any], **kwargs: Any) -
                 "in eval mode, for example functional(module, variables, train=False)."
             )
         return logits
-
-    return apply_fn, variables["params"]

@@ -1,5 +1,7 @@
 """From a pure `apply_fn` to the loss of one example."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,10 +29,11 @@ def cross_entropy(apply_fn: ApplyFn) -> LossFn:
         >>> round(float(loss(jnp.eye(2), (jnp.zeros(2), jnp.array(0)))), 3)
         0.693
     """
+    bind = jax.tree_util.Partial if isinstance(apply_fn, jax.tree_util.Partial) else partial
+    return bind(_cross_entropy, apply_fn)
 
-    def loss_fn(params: Params, example: Example) -> Float[Array, ""]:
-        inputs, label = example
-        logits = apply_fn(params, jax.tree.map(lambda x: x[None], inputs))[0]
-        return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)
 
-    return loss_fn
+def _cross_entropy(apply_fn: ApplyFn, params: Params, example: Example) -> Float[Array, ""]:
+    inputs, label = example
+    logits = apply_fn(params, jax.tree.map(lambda x: x[None], inputs))[0]
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), label)

@@ -1,5 +1,7 @@
 """Flax NNX: a model in eval mode as a pure function of a nested dict of its parameters."""
 
+from dataclasses import dataclass
+
 import jax
 from flax import nnx
 from flax.errors import TraceContextError
@@ -17,7 +19,8 @@ def functional(model: nnx.Module) -> tuple[ApplyFn, Params]:
         model: A module whose call takes a batch of inputs.
 
     Returns:
-        `apply_fn`, and the values of all `nnx.Param` as a nested dict.
+        `apply_fn`, and the values of all `nnx.Param` as a nested dict. `apply_fn` is a `jax.tree_util.Partial`:
+        one made later, with other batch statistics, compiles nothing anew where losses are made of it.
 
     Raises:
         ValueError: When `apply_fn` is traced: the model changed a variable that is not a parameter,
@@ -35,9 +38,17 @@ def functional(model: nnx.Module) -> tuple[ApplyFn, Params]:
         (5, 2)
     """
     graph, state, rest = nnx.split(model, nnx.Param, ...)
+    return jax.tree_util.Partial(_Apply(graph), state, rest), nnx.to_pure_dict(state)
 
-    def apply_fn(params: Params, inputs: Array) -> Float[Array, "n classes"]:
-        merged = nnx.merge(graph, _with_values(state, params), rest)
+
+@dataclass(frozen=True)
+class _Apply:
+    """A call of a model, known to `jit` by its graph."""
+
+    graph: nnx.GraphDef
+
+    def __call__(self, state: nnx.State, rest: nnx.State, params: Params, inputs: Array) -> Float[Array, "n classes"]:
+        merged = nnx.merge(self.graph, _with_values(state, params), rest)
         try:
             return merged(inputs)
         except TraceContextError as error:
@@ -45,8 +56,6 @@ def functional(model: nnx.Module) -> tuple[ApplyFn, Params]:
                 "The model changes a variable while it is evaluated (train-mode batch normalisation or dropout): "
                 "call model.eval() before woodjax.adapters.nnx.functional."
             ) from error
-
-    return apply_fn, nnx.to_pure_dict(state)
 
 
 def update(model: nnx.Module, params: Params) -> None:

@@ -97,6 +97,13 @@ class GradientWindow:
         """Rows `[k, *leaf.shape]` whose mean outer product is that of the gradients seen, times `s`.
 
         A row that is not finite is left out, as are those not filled yet.
+
+        Args:
+            state: The window.
+            params: A params-tree; only shapes are read.
+
+        Returns:
+            Gradients; zero in leaves that are not kept.
         """
         k = state.filled.shape[0]
         wide = [rows.astype(jnp.promote_types(rows.dtype, jnp.float32)) for rows in state.rows]
