@@ -4,6 +4,7 @@
 pytree, each made by a pure function of the one before.
 """
 
+from woodjax.batch_stats import reestimate_batch_stats
 from woodjax.compensation import compensate
 from woodjax.criteria import magnitude_scores, obd_scores, obs_scores, woodtaylor_scores
 from woodjax.curvature import (
@@ -141,6 +142,7 @@ __all__ = [
     "prune_count",
     "prune_one_shot",
     "prune_transform",
+    "reestimate_batch_stats",
     "refresh",
     "refresh_masks",
     "row_fisher",

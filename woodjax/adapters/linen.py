@@ -1,6 +1,6 @@
 """Flax Linen: a module in eval mode as a pure function of its parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from woodjax.typing import ApplyFn, Params
+from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
+from woodjax.typing import ApplyFn, Batch, Params
 
 
 def functional(module: nn.Module, variables: Mapping[str, Any], **kwargs: Any) -> tuple[ApplyFn, Params]:
@@ -64,3 +65,42 @@ class _Apply:
                 "in eval mode, for example functional(module, variables, train=False)."
             )
         return logits
+
+
+def reestimate_batch_stats(
+    module: nn.Module, variables: Mapping[str, Any], batches: Iterable[Batch], **kwargs: Any
+) -> dict[str, Any]:
+    """`woodjax.reestimate_batch_stats` for a module and its variables.
+
+    Args:
+        module: A module whose call takes a batch of inputs.
+        variables: With the collections `"params"` and `"batch_stats"`.
+        batches: Inputs, all of the same size.
+        **kwargs: Passed to the call, for example `train=True`.
+
+    Returns:
+        The variables, with new batch statistics.
+
+    Raises:
+        ValueError: No `"batch_stats"` in `variables`; as `woodjax.reestimate_batch_stats`.
+
+    Cost:
+        One forward pass a batch, and one more.
+    """
+    if "batch_stats" not in variables:
+        raise ValueError(f"variables have the collections {list(variables)}: 'batch_stats' is missing.")
+    rest = {name: value for name, value in variables.items() if name != "batch_stats"}
+    stats = woodjax_reestimate(_Stats(_Apply(module, kwargs)), rest, variables["batch_stats"], batches)
+    return {**rest, "batch_stats": stats}
+
+
+@dataclass(frozen=True)
+class _Stats:
+    """Batch statistics after a call in train mode, known to `jit` by the module and the options of the call."""
+
+    call: _Apply
+
+    def __call__(self, rest: dict[str, Any], stats: Any, inputs: Batch) -> Any:
+        variables = {**rest, "batch_stats": stats}
+        _, changed = self.call.module.apply(variables, inputs, mutable=["batch_stats"], **self.call.kwargs)
+        return changed["batch_stats"]

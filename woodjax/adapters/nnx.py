@@ -1,13 +1,20 @@
 """Flax NNX: a model in eval mode as a pure function of a nested dict of its parameters."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-from woodjax.typing import ApplyFn, Params
+from woodjax.adapters.losses import cross_entropy
+from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
+from woodjax.masks import Sparsity
+from woodjax.transform import RefreshInfo, get_masks
+from woodjax.transform import refresh as woodjax_refresh
+from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params
 
 
 def functional(model: nnx.Module) -> tuple[ApplyFn, Params]:
@@ -72,6 +79,111 @@ def update(model: nnx.Module, params: Params) -> None:
         None but the references.
     """
     nnx.update(model, _with_values(nnx.state(model, nnx.Param), params))
+
+
+def refresh(
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    batch: Batch,
+    sparsity: Sparsity,
+    *,
+    loss: Callable[[ApplyFn], LossFn] = cross_entropy,
+    **options: Any,
+) -> RefreshInfo:
+    """`woodjax.refresh` for a model and its `nnx.Optimizer`, in place.
+
+    Gradients are taken in eval mode, with the running statistics as they are; the model itself stays in the mode
+    that it is in.
+
+    Args:
+        model: A module whose call takes a batch of inputs.
+        optimizer: Made with `wrt=nnx.Param` and an optimizer that holds one `prune_transform`.
+        batch: As in `woodjax.refresh`, for the default loss `(inputs, integer labels)`.
+        sparsity: As in `woodjax.refresh`.
+        loss: From `apply_fn(params, inputs) -> logits` to the loss of one example. Pass the same function again to
+            reuse what was compiled.
+        **options: As in `woodjax.refresh`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: As `woodjax.refresh`; the model and the optimizer are as they were.
+
+    Cost:
+        As `woodjax.refresh`.
+    """
+    twin = _twin(model)
+    twin.eval()
+    apply_fn, _ = functional(twin)
+    params, opt_state = _values(nnx.state(model, optimizer.wrt)), _values(optimizer.opt_state)
+    loss_fn = jax.tree_util.Partial(_loss_of_state, loss(apply_fn))
+    params, opt_state, info = woodjax_refresh(params, opt_state, batch, sparsity, loss_fn=loss_fn, **options)
+    nnx.update(model, params)
+    nnx.update(optimizer.opt_state, nnx.state(opt_state))
+    return info
+
+
+def masks(optimizer: nnx.Optimizer) -> Masks:
+    """The masks that an optimizer holds.
+
+    Args:
+        optimizer: As in `refresh`.
+
+    Returns:
+        A nested dict of bool, as `functional` gives the parameters.
+
+    Raises:
+        ValueError: As `woodjax.get_masks`.
+
+    Cost:
+        None.
+    """
+    return nnx.to_pure_dict(get_masks(_values(optimizer.opt_state)))
+
+
+def reestimate_batch_stats(model: nnx.Module, batches: Iterable[Batch]) -> None:
+    """`woodjax.reestimate_batch_stats` for a model, in place; it stays in the mode that it is in.
+
+    Args:
+        model: A module whose call takes a batch of inputs.
+        batches: Inputs, all of the same size.
+
+    Raises:
+        ValueError: As `woodjax.reestimate_batch_stats`.
+
+    Cost:
+        One forward pass a batch, and one more.
+    """
+    twin = _twin(model)
+    twin.train()
+    graph, stats, rest = nnx.split(twin, nnx.BatchStat, ...)
+    nnx.update(model, woodjax_reestimate(_Stats(graph), rest, stats, batches))
+
+
+@dataclass(frozen=True)
+class _Stats:
+    """Batch statistics after a call in train mode, known to `jit` by the model's graph."""
+
+    graph: nnx.GraphDef
+
+    def __call__(self, rest: nnx.State, stats: nnx.State, inputs: Batch) -> nnx.State:
+        model = nnx.merge(self.graph, stats, rest)
+        model(inputs)
+        return nnx.state(model, nnx.BatchStat)
+
+
+def _twin(model: nnx.Module) -> nnx.Module:
+    return nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
+
+
+def _values(tree: Any) -> Any:
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return jax.tree.map(lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable)
+
+
+def _loss_of_state(loss_fn: LossFn, state: nnx.State, example: Example) -> Float[Array, ""]:
+    return loss_fn(nnx.to_pure_dict(state), example)
 
 
 def _with_values(state: nnx.State, params: Params) -> nnx.State:
