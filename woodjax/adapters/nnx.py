@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from woodjax.adapters.losses import cross_entropy
 from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
 from woodjax.masks import Sparsity
-from woodjax.transform import RefreshInfo, get_masks
+from woodjax.transform import RefreshInfo, get_info, get_masks
 from woodjax.transform import refresh as woodjax_refresh
 from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params
 
@@ -118,10 +118,10 @@ def refresh(
     apply_fn, _ = functional(twin)
     params, opt_state = _values(nnx.state(model, optimizer.wrt)), _values(optimizer.opt_state)
     loss_fn = jax.tree_util.Partial(_loss_of_state, loss(apply_fn))
-    params, opt_state, info = woodjax_refresh(params, opt_state, batch, sparsity, loss_fn=loss_fn, **options)
+    params, opt_state, done = woodjax_refresh(params, opt_state, batch, sparsity, loss_fn=loss_fn, **options)
     nnx.update(model, params)
     nnx.update(optimizer.opt_state, nnx.state(opt_state))
-    return info
+    return done
 
 
 def masks(optimizer: nnx.Optimizer) -> Masks:
@@ -140,6 +140,24 @@ def masks(optimizer: nnx.Optimizer) -> Masks:
         None.
     """
     return nnx.to_pure_dict(get_masks(_values(optimizer.opt_state)))
+
+
+def info(optimizer: nnx.Optimizer) -> RefreshInfo:
+    """What the last refresh did.
+
+    Args:
+        optimizer: As in `refresh`.
+
+    Returns:
+        As `woodjax.get_info`.
+
+    Raises:
+        ValueError: As `woodjax.get_info`.
+
+    Cost:
+        None.
+    """
+    return get_info(_values(optimizer.opt_state))
 
 
 def reestimate_batch_stats(model: nnx.Module, batches: Iterable[Batch]) -> None:

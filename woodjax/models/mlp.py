@@ -46,6 +46,21 @@ def mlpnet(rngs: nnx.Rngs) -> MLP:
     return MLP((784, 40, 20, 10), use_bias=False, rngs=rngs)
 
 
+def lenet_300_100(rngs: nnx.Rngs) -> MLP:
+    """LeNet-300-100 for MNIST: 784-300-100-10, 266,200 weights and 410 biases.
+
+    Args:
+        rngs: Random numbers for the initial weights.
+
+    Returns:
+        The network that gradual pruning is most often tried on first.
+
+    References:
+        LeCun et al., Gradient-based learning applied to document recognition, 1998, section III.C.
+    """
+    return MLP((784, 300, 100, 10), rngs=rngs)
+
+
 def digits_mlp(rngs: nnx.Rngs) -> MLP:
     """A network for the 8×8 UCI digits: 64-64-32-10, 6,464 weights and 106 biases.
 

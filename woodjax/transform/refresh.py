@@ -109,7 +109,8 @@ def refresh(
     )
     info = info._replace(step=state.count)
     opt_state = replace_state(opt_state, lambda old: old._replace(masks=masks, info=info))
-    return params, clean_moments(opt_state, masks), info
+    # The info that is handed out must outlive a state that is donated.
+    return params, clean_moments(opt_state, masks), jax.tree.map(jnp.copy, info)
 
 
 def refresh_masks(

@@ -81,7 +81,7 @@ def densities(masks: Masks) -> Float[Array, " leaves"]:
 
 
 def get_masks(opt_state: Any) -> Masks:
-    """The masks in an optimizer state.
+    """A copy of the masks in an optimizer state, which outlives a donated state.
 
     Args:
         opt_state: State of an optimizer that holds one `prune_transform`, at any depth.
@@ -93,7 +93,7 @@ def get_masks(opt_state: Any) -> Masks:
         ValueError: No `PruneState` in it, or several.
 
     Cost:
-        None.
+        A copy.
 
     Example:
         >>> import jax.numpy as jnp, optax, woodjax as wj
@@ -101,11 +101,11 @@ def get_masks(opt_state: Any) -> Masks:
         >>> wj.get_masks(tx.init({"w": jnp.ones(2)}))["w"].tolist()
         [True, True]
     """
-    return find_state(opt_state).masks
+    return jax.tree.map(jnp.copy, find_state(opt_state).masks)
 
 
 def get_info(opt_state: Any) -> RefreshInfo:
-    """What the last refresh did.
+    """A copy of what the last refresh did, which outlives a donated state.
 
     Args:
         opt_state: As in `get_masks`.
@@ -119,7 +119,7 @@ def get_info(opt_state: Any) -> RefreshInfo:
     Cost:
         None.
     """
-    return find_state(opt_state).info
+    return jax.tree.map(jnp.copy, find_state(opt_state).info)
 
 
 def set_masks(opt_state: OptState, masks: Masks) -> OptState:
