@@ -108,9 +108,10 @@ def refresh(
         **options,
     )
     info = info._replace(step=state.count)
-    opt_state = replace_state(opt_state, lambda old: old._replace(masks=masks, info=info))
-    # The info that is handed out must outlive a state that is donated.
-    return params, clean_moments(opt_state, masks), jax.tree.map(jnp.copy, info)
+    # No buffer twice in the state, and none that is handed out beside it: the state may be donated.
+    kept = jax.tree.map(jnp.copy, info)
+    opt_state = replace_state(opt_state, lambda old: old._replace(masks=masks, info=kept))
+    return params, clean_moments(opt_state, masks), info._replace(step=jnp.copy(state.count))
 
 
 def refresh_masks(

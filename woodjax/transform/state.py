@@ -152,7 +152,7 @@ def set_masks(opt_state: OptState, masks: Masks) -> OptState:
     old = find_state(opt_state)
     check_like(masks, old.masks, "masks")
     check_bool(masks, "masks")
-    masks = jax.tree.map(jnp.asarray, masks)
+    masks = jax.tree.map(jnp.copy, masks)  # the caller's own outlive a state that is donated
     return clean_moments(replace_state(opt_state, lambda state: state._replace(masks=masks)), masks)
 
 

@@ -31,7 +31,7 @@ from woodjax.typing import Gradients, Params, Select
 class WindowState(NamedTuple):
     """Rows of the gradients seen, arrays only."""
 
-    rows: tuple[Float[Array, "k ..."], ...]  # one array for each leaf that is kept
+    rows: PyTree[Float[Array, "k ..."]]  # a params-tree; leaves that are not kept are [k, 0]
     filled: Int[Array, " k"]  # gradients summed in each row
     seen: Int[Array, ""]  # gradients written so far
 
@@ -56,10 +56,10 @@ class GradientWindow:
 
     def init(self, params: Params) -> WindowState:
         """The window before any gradient; survives an empty tree."""
-        leaves = [x for x, keep in zip(jax.tree.leaves(params), self.kept(params), strict=True) if keep]
-        dtypes = [self.dtype or jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
-        k = self.size
-        row_bytes = sum(x.size * jnp.dtype(dtype).itemsize for x, dtype in zip(leaves, dtypes, strict=True))
+        leaves, treedef = jax.tree.flatten(params)
+        kept, k = self.kept(params), self.size
+        dtypes = [jnp.dtype(self.dtype or jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
+        row_bytes = sum(x.size * t.itemsize for x, t, keep in zip(leaves, dtypes, kept, strict=True) if keep)
         if self.memory_budget is not None and row_bytes:
             k = min(k, self.memory_budget // row_bytes)
             if k < 1:
@@ -67,29 +67,30 @@ class GradientWindow:
                     f"memory_budget is {self.memory_budget} bytes, one row of gradients takes {row_bytes}: pass more, "
                     "or dtype=jnp.bfloat16, or select= fewer leaves."
                 )
-        rows = tuple(
-            jnp.broadcast_to(jnp.zeros_like(x, dtype=dtype), (k, *x.shape))
-            for x, dtype in zip(leaves, dtypes, strict=True)
-        )
-        return WindowState(rows, jnp.zeros(k, jnp.int32), jnp.zeros((), jnp.int32))
+        rows = [
+            jnp.broadcast_to(jnp.zeros_like(x, dtype=t), (k, *x.shape)) if keep else jnp.zeros((k, 0), t)
+            for x, t, keep in zip(leaves, dtypes, kept, strict=True)
+        ]
+        return WindowState(jax.tree.unflatten(treedef, rows), jnp.zeros(k, jnp.int32), jnp.zeros((), jnp.int32))
 
     def add(self, state: WindowState, gradient: Params) -> WindowState:
         """The window with one more gradient, in the place of the oldest."""
-        leaves = [g for g, keep in zip(jax.tree.leaves(gradient), self.kept(gradient), strict=True) if keep]
-        if not leaves:
-            return state
         k = state.filled.shape[0]
         in_a_row = math.ceil(self.size / k)
         row, turn = state.seen // in_a_row % k, state.seen % in_a_row
 
-        def write(rows: Float[Array, "k ..."], g: Float[Array, "..."]) -> Float[Array, "k ..."]:
+        def write(rows: Float[Array, "k ..."], g: Float[Array, "..."], keep: bool) -> Float[Array, "k ..."]:
+            if not keep:
+                return rows
             new = g.astype(jnp.promote_types(g.dtype, jnp.float32))
             if in_a_row > 1:
                 old = lax.dynamic_index_in_dim(rows, row, keepdims=False)
                 new = jnp.where(turn == 0, 0, old) + _sign(state.seen) * new
             return lax.dynamic_update_index_in_dim(rows, new.astype(rows.dtype), row, 0)
 
-        written = tuple(write(rows, g) for rows, g in zip(state.rows, leaves, strict=True))
+        leaves, treedef = jax.tree.flatten(state.rows)
+        flat = zip(leaves, jax.tree.leaves(gradient), self.kept(gradient), strict=True)
+        written = jax.tree.unflatten(treedef, [write(*leaf) for leaf in flat])
         filled = state.filled.at[row].set(turn + 1)
         return WindowState(written, filled, state.seen + 1)
 
@@ -106,15 +107,14 @@ class GradientWindow:
             Gradients; zero in leaves that are not kept.
         """
         k = state.filled.shape[0]
-        wide = [rows.astype(jnp.promote_types(rows.dtype, jnp.float32)) for rows in state.rows]
-        finite = [jnp.all(jnp.isfinite(rows), axis=tuple(range(1, rows.ndim))) for rows in wide]
-        used = jnp.all(jnp.stack(finite), axis=0) if finite else jnp.zeros(k, bool)
-        scale = jnp.sqrt(k * self.examples_per_gradient / jnp.maximum(jnp.sum(jnp.where(used, state.filled, 0)), 1))
-        scaled = iter([jnp.where(used.reshape(-1, *[1] * (rows.ndim - 1)), scale * rows, 0) for rows in wide])
         leaves, treedef = jax.tree.flatten(params)
+        wide = [rows.astype(jnp.promote_types(rows.dtype, jnp.float32)) for rows in jax.tree.leaves(state.rows)]
+        finite = [jnp.all(jnp.isfinite(rows), axis=tuple(range(1, rows.ndim))) for rows in wide]
+        used = jnp.all(jnp.stack(finite), axis=0)
+        scale = jnp.sqrt(k * self.examples_per_gradient / jnp.maximum(jnp.sum(jnp.where(used, state.filled, 0)), 1))
         full = [
-            next(scaled) if keep else jnp.zeros((k, *x.shape))
-            for x, keep in zip(leaves, self.kept(params), strict=True)
+            jnp.where(used.reshape(-1, *[1] * x.ndim), scale * rows, 0) if keep else jnp.zeros((k, *x.shape))
+            for rows, x, keep in zip(wide, leaves, self.kept(params), strict=True)
         ]
         return jax.tree.unflatten(treedef, full)
 
