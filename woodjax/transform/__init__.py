@@ -5,6 +5,7 @@
 | `prune` | `prune_transform`: holds pruned weights at zero, and prunes when the schedule says so |
 | `refresh` | choose new masks and move the survivors, from data |
 | `window` | the last gradients that the optimizer saw, as rows of an empirical Fisher |
+| `explicit` | both of these under a mesh with explicit axes |
 | `state` | what the transform keeps, and how to read and set it in any optimizer state |
 """
 

@@ -18,6 +18,7 @@ from woodjax.compensation import Method
 from woodjax.masks import Scope, Sparsity
 from woodjax.schedules import Path, Schedule
 from woodjax.stages import Criterion
+from woodjax.transform.explicit import automatic
 from woodjax.transform.refresh import run_stages, without_data
 from woodjax.transform.state import PruneState, RefreshInfo, clean_moments, no_refresh
 from woodjax.transform.window import GradientWindow, WindowState
@@ -102,11 +103,11 @@ def prune_transform(
         raise ValueError("fisher and criterion prune on schedule: pass schedule=, for example cubic_schedule(...).")
     optimizer = None if inner is None else optax.with_extra_args_support(inner)
     options = {"criterion": criterion, "method": method, "scope": scope, "batch_axes": batch_axes, "path": path}
-    if criterion is not None and fisher is None:
-        own_refresh = partial(without_data, curvature=None, recomputations=recomputations, **options)
-    else:
-        own_refresh = None
-    options |= {"stages": recomputations, "first_order": first_order}
+    own_refresh = None
+    if fisher is not None:
+        own_refresh = partial(_from_window, fisher, options | {"stages": recomputations, "first_order": first_order})
+    elif criterion is not None:
+        own_refresh = partial(_from_nothing, options | {"curvature": None, "recomputations": recomputations})
 
     def init_fn(params: Params) -> PruneState:
         masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
@@ -146,20 +147,18 @@ def prune_transform(
                     "prune_transform(optax.chain(...), fisher=...), or pass tx.update(..., grad=grads)."
                 )
             window = fisher.add(window, gradients)
-            refresh_fn = partial(_from_window, fisher, window, options)
         if optimizer is not None:
             extra_args |= {} if grad is None else {"grad": grad}
             masked = apply_masks(updates, state.masks)
             updates, inner_state = optimizer.update(masked, inner_state, params, **extra_args)
         held, masks, info = hold(updates, params, state.masks), state.masks, state.info
         count = jnp.asarray(optax.safe_increment(state.count))
-        refresh_fn = refresh_fn or own_refresh
-        if schedule is not None and refresh_fn is not None and jax.tree.leaves(masks):
-
-            def prune() -> tuple[Updates, Masks, RefreshInfo]:
-                return _prune(refresh_fn, schedule.exact(state.count), held, params, state.masks, count)
-
-            held, masks, info = lax.cond(schedule.due(state.count), prune, lambda: (held, masks, info))
+        prune = own_refresh if refresh_fn is None else lambda window, *network: refresh_fn(*network)
+        if schedule is not None and prune is not None and jax.tree.leaves(masks):
+            now = held, masks, info
+            step = automatic(partial(_prune, prune), now)
+            arguments = window, params, held, masks, schedule.exact(state.count), count
+            held, masks, info = lax.cond(schedule.due(state.count), lambda: step(*arguments), lambda: now)
             inner_state = clean_moments(inner_state, masks)
         return held, PruneState(count, masks, window, info, inner_state)
 
@@ -200,23 +199,24 @@ def check_trees(updates: Updates, masks: Masks, params: Params) -> None:
 
 
 def _prune(
-    refresh_fn: RefreshFn,
-    sparsity: Sparsity,
-    held: Updates,
+    prune: Callable[..., tuple[Params, Masks, RefreshInfo]],
+    window: Any,
     params: Params,
+    held: Updates,
     masks: Masks,
+    sparsity: Sparsity,
     count: Int[Array, ""],
 ) -> tuple[Updates, Masks, RefreshInfo]:
     # The optimizer's step, then the pruning: both as one update of the parameters.
-    pruned, masks, info = refresh_fn(optax.apply_updates(params, held), masks, sparsity)
+    pruned, masks, info = prune(window, optax.apply_updates(params, held), masks, sparsity)
     moved = hold(jax.tree.map(jnp.subtract, pruned, params), params, masks)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), moved, held), masks, info._replace(step=count)
 
 
 def _from_window(
     fisher: GradientWindow,
-    window: WindowState,
     options: dict[str, Any],
+    window: WindowState,
     params: Params,
     masks: Masks,
     sparsity: Sparsity,
@@ -231,3 +231,10 @@ def _from_window(
         prunable=fisher.kept(params),
         **options,
     )
+
+
+def _from_nothing(
+    options: dict[str, Any], window: Any, params: Params, masks: Masks, sparsity: Sparsity
+) -> tuple[Params, Masks, RefreshInfo]:
+    del window
+    return without_data(params, masks, sparsity, **options)

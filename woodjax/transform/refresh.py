@@ -16,6 +16,7 @@ from woodjax.masks import Scope, Sparsity
 from woodjax.one_shot import OneShotInfo, prune_one_shot
 from woodjax.schedules import Path, check_stages
 from woodjax.stages import Criterion, CurvatureFn, StageInfo, prune_stages
+from woodjax.transform.explicit import automatic
 from woodjax.transform.state import (
     OptState,
     RefreshInfo,
@@ -97,16 +98,20 @@ def refresh(
         ([[True], [False]], 0.5)
     """
     state = find_state(opt_state)
-    params, masks, info = refresh_masks(
-        params,
-        state.masks,
-        sparsity,
-        loss_fn=loss_fn,
-        batch=batch,
-        recomputations=recomputations,
-        measure_loss=measure_loss,
-        **options,
-    )
+
+    def run(params: Params, masks: Masks, batch: Batch) -> tuple[Params, Masks, RefreshInfo]:
+        return refresh_masks(
+            params,
+            masks,
+            sparsity,
+            loss_fn=loss_fn,
+            batch=batch,
+            recomputations=recomputations,
+            measure_loss=measure_loss,
+            **options,
+        )
+
+    params, masks, info = automatic(run, (params, state.masks, state.info))(params, state.masks, batch)
     info = info._replace(step=state.count)
     # No buffer twice in the state, and none that is handed out beside it: the state may be donated.
     kept = jax.tree.map(jnp.copy, info)
