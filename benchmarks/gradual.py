@@ -58,7 +58,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "mnist": Setting("mnist", "lenet-300-100", None, 4, 128, 1e-3, 1000, 10, 1000, 512, 256, 10_000),
     "cifar10": Setting(
-        "cifar10", "resnet20", "checkpoints/resnet20_cifar10.safetensors", 0, 128, 1e-3, 160, 8, 120, 256, 128, 2000
+        "cifar10", "resnet20", "checkpoints/resnet20_cifar10.safetensors", 0, 128, 3e-4, 120, 6, 100, 256, 64, 2000
     ),
     "digits": Setting("digits", "digits-mlp", None, 10, 64, 3e-3, 60, 3, 40, 128, 32, 450),
 }

@@ -241,21 +241,27 @@ def clean_moments(opt_state: OptState, masks: Masks) -> OptState:
     Cost:
         One pass, which XLA fuses with the update of the moments.
     """
-    treedef = jax.tree.structure(masks)
-    flat = jax.tree.leaves(masks)
 
-    def is_like_params(node: Any) -> bool:
-        return _is_state(node) or jax.tree.structure(node, is_leaf=_is_left_out) == treedef
+    def masks_of(node: Any) -> list[Any] | None:
+        # The masks of a node that is shaped like the parameters, but for leaves and branches left out of it.
+        leaves, structure = jax.tree.flatten(node, is_leaf=_is_left_out)
+        try:
+            parts = structure.flatten_up_to(masks)
+        except (ValueError, TypeError):
+            return None
+        fits = (_is_left_out(x) or jax.tree.structure(m).num_nodes == 1 for x, m in zip(leaves, parts, strict=True))
+        return parts if all(fits) else None
 
     def clean(node: Any) -> Any:
         if _is_state(node):
             return node._replace(inner_state=clean_moments(node.inner_state, masks))
-        if not is_like_params(node):
+        parts = masks_of(node)
+        if parts is None:
             return node
         leaves, structure = jax.tree.flatten(node, is_leaf=_is_left_out)
-        return jax.tree.unflatten(structure, [_clean_leaf(x, m) for x, m in zip(leaves, flat, strict=True)])
+        return jax.tree.unflatten(structure, [_clean_leaf(x, m) for x, m in zip(leaves, parts, strict=True)])
 
-    return jax.tree.map(clean, opt_state, is_leaf=is_like_params)
+    return jax.tree.map(clean, opt_state, is_leaf=lambda node: _is_state(node) or masks_of(node) is not None)
 
 
 def _clean_leaf(moment: Any, mask: Bool[Array, "..."]) -> Any:

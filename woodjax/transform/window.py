@@ -31,7 +31,7 @@ from woodjax.typing import Gradients, Params, Select
 class WindowState(NamedTuple):
     """Rows of the gradients seen, arrays only."""
 
-    rows: PyTree[Float[Array, "k ..."]]  # a params-tree; leaves that are not kept are [k, 0]
+    rows: PyTree[Float[Array, "k ..."]]  # a params-tree; leaves that are not kept are [k]
     filled: Int[Array, " k"]  # gradients summed in each row
     seen: Int[Array, ""]  # gradients written so far
 
@@ -68,7 +68,9 @@ class GradientWindow:
                     "or dtype=jnp.bfloat16, or select= fewer leaves."
                 )
         rows = [
-            jnp.broadcast_to(jnp.zeros_like(x, dtype=t), (k, *x.shape)) if keep else jnp.zeros((k, 0), t)
+            jnp.broadcast_to(jnp.zeros_like(x, dtype=t), (k, *x.shape))
+            if keep
+            else jnp.zeros(k, t)  # not empty: Orbax refuses that
             for x, t, keep in zip(leaves, dtypes, kept, strict=True)
         ]
         return WindowState(jax.tree.unflatten(treedef, rows), jnp.zeros(k, jnp.int32), jnp.zeros((), jnp.int32))
