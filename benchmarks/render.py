@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import render_engines
+import render_gradual
 from matplotlib.figure import Figure
 from records import read
 
@@ -17,6 +18,7 @@ from woodjax.plots import draw_accuracy
 from woodjax.report import Result
 
 Record = dict[str, Any]
+OTHERS = {"engines": render_engines, "gradual": render_gradual}
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -129,9 +131,12 @@ def main() -> int:
     for name in sys.argv[1:]:
         file = Path(name)
         records = list(read(file))
-        if records[0]["benchmark"] == "engines":
-            file.with_suffix(".md").write_text(render_engines.table(records))
-            render_engines.picture(records).savefig(file.with_suffix(".png"), dpi=120)
+        if records[0]["benchmark"] in OTHERS:
+            other = OTHERS[records[0]["benchmark"]]
+            file.with_suffix(".md").write_text(other.table(records))
+            other.picture(records).savefig(file.with_suffix(".png"), dpi=120)
+            if hasattr(other, "readme_table"):
+                update_readme(file.stem, other.readme_table(records))
             continue
         file.with_suffix(".md").write_text(table(records))
         picture(records).savefig(file.with_suffix(".png"), dpi=120)

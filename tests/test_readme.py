@@ -1,0 +1,41 @@
+"""The gradual examples of the README run as they stand, and do what it says."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import woodjax as wj
+from woodjax.adapters import nnx as bridge
+from woodjax.training import evaluate
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+NNX, LINEN = (next(b for b in BLOCKS if "prune_transform" in b and word in b) for word in ("nnx.jit", "TrainState"))
+
+
+def run(block):
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(block, str(README), "exec"), names)
+    return names, printed.getvalue().splitlines()
+
+
+def test_nnx():
+    names, lines = run(NNX)
+    assert [line.split(",")[0] for line in lines[-2:]] == ["250 sparsity 0.886", "300 sparsity 0.900"]
+    apply_fn, params = bridge.functional(names["model"])
+    assert evaluate(apply_fn, params, names["data"]) > 0.9
+    masks = bridge.masks(names["optimizer"])
+    assert float(1 - masks["fc1"]["kernel"].mean()) == pytest.approx(0.9, abs=0.08)
+
+
+def test_linen():
+    names, lines = run(LINEN)
+    assert lines == ["sparsity 0.900"]
+    data = names["data"]._replace(test_inputs=names["data"].test_inputs.reshape(-1, 64))
+    apply_fn = lambda params, x: names["module"].apply({"params": params}, x)
+    assert evaluate(apply_fn, names["state"].params, data) > 0.85
+    assert int(wj.get_info(names["state"].opt_state).step) == 301
