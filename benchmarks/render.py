@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import render_engines
 import render_gradual
+import render_overhead
 from matplotlib.figure import Figure
 from records import read
 
@@ -18,7 +19,7 @@ from woodjax.plots import draw_accuracy
 from woodjax.report import Result
 
 Record = dict[str, Any]
-OTHERS = {"engines": render_engines, "gradual": render_gradual}
+OTHERS = {"engines": render_engines, "gradual": render_gradual, "transform_overhead": render_overhead}
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -134,7 +135,8 @@ def main() -> int:
         if records[0]["benchmark"] in OTHERS:
             other = OTHERS[records[0]["benchmark"]]
             file.with_suffix(".md").write_text(other.table(records))
-            other.picture(records).savefig(file.with_suffix(".png"), dpi=120)
+            if hasattr(other, "picture"):
+                other.picture(records).savefig(file.with_suffix(".png"), dpi=120)
             if hasattr(other, "readme_table"):
                 update_readme(file.stem, other.readme_table(records))
             continue

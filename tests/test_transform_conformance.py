@@ -4,7 +4,10 @@ Modelled on the properties that Optax asks of its own optimizers: constant state
 arguments passed on, dtypes kept, wrappers that wrap, and the promise of this one: pruned weights are exactly zero.
 """
 
+import subprocess
+import sys
 from functools import cache, partial
+from pathlib import Path
 
 import chex
 import jax
@@ -296,3 +299,10 @@ def test_explicit_sharding_is_kept(name):
             params, state = step(params, state, grads)
         assert [jax.typeof(x) for x in jax.tree.leaves(state)] == kinds
         assert {str(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(params)} <= {"P('x',)", "P('x', None)"}
+
+
+def test_two_devices_with_explicit_axes_are_one_device():
+    job = Path(__file__).with_name("explicit_job.py")
+    done = subprocess.run([sys.executable, str(job)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["route A", "route B", "route D", "magnitude by group"]
