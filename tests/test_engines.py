@@ -152,6 +152,8 @@ def test_refusals_say_what_would_help(source, options, message):
         wj.empirical_fisher(source(20), **options)
 
 
-def test_blocks_in_work_are_bounded():
+def test_blocks_in_work_are_bounded(monkeypatch):
+    assert blocks_at_once(1) == 1  # on CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert blocks_at_once(WORKSPACE // 3) == 3
     assert blocks_at_once(10 * WORKSPACE) == 1

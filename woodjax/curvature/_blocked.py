@@ -99,7 +99,7 @@ def map_blocks(function: Callable[..., Any], rows: Float[Array, "m nb b"], *per_
         index, *leaves = arguments
         return function(lax.dynamic_slice_in_dim(flat, index * b, b, axis=1), *leaves)
 
-    at_once = 1 if jax.default_backend() == "cpu" else blocks_at_once(4 * (m * b + min(m, b) ** 2))
+    at_once = blocks_at_once(4 * (m * b + min(m, b) ** 2))
     return lax.map(one, (jnp.arange(nb), *per_block), batch_size=at_once if at_once > 1 else None)
 
 
@@ -120,7 +120,7 @@ def map_chunks(function: Callable[..., Any], per_block: Any, bytes_each: int) ->
     nb = jax.tree.leaves(per_block)[0].shape[0]
     if nb == 1:
         return jax.tree.map(lambda x: x[None], function(jax.tree.map(lambda x: x[0], per_block)))
-    at_once = 1 if jax.default_backend() == "cpu" else blocks_at_once(bytes_each)
+    at_once = blocks_at_once(bytes_each)
     return lax.map(function, per_block, batch_size=at_once if at_once > 1 else None)
 
 
@@ -138,7 +138,7 @@ def after(operand: Float[Array, "..."], done: Float[Array, "..."]) -> Float[Arra
 
 
 def blocks_at_once(bytes_each: int) -> int:
-    """How many blocks may be in work at the same time.
+    """How many blocks may be in work at the same time: on CPU one, see `map_blocks` and `map_chunks` for why.
 
     Args:
         bytes_each: Workspace of one block.
@@ -146,4 +146,4 @@ def blocks_at_once(bytes_each: int) -> int:
     Returns:
         At least 1.
     """
-    return max(1, WORKSPACE // bytes_each)
+    return 1 if jax.default_backend() == "cpu" else max(1, WORKSPACE // bytes_each)

@@ -23,6 +23,7 @@ from woodjax.curvature.damping import (
     Damping,
     Rule,
     check_damping,
+    count_raised,
     damping_of_rows,
     resolve_damping,
     spectrum_of_sums,
@@ -255,5 +256,5 @@ def _invert_rows(
 
 
 def _make(layout: Layout, result: linalg.DampedInverse, asked: Float[Array, ""] | float) -> BlockFisher:
-    raised = jnp.sum(result.damping > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
+    raised = count_raised(result.damping, asked)
     return BlockFisher(layout, result.inverse, result.damping, raised)

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, after, map_blocks, map_chunks
@@ -232,6 +232,19 @@ def resolve_damping(
         live = jnp.sum((diagonal > 0) & sound)
         return most_likely_damping(spectrum(live), mean_diagonal(diagonal))
     return number
+
+
+def count_raised(used: Float[Array, "..."], asked: Float[Array, "..."] | float) -> Int[Array, ""]:
+    """Number of blocks whose damping was raised, which goes by tens.
+
+    Args:
+        used: `λ` of each block, as used.
+        asked: As asked for, for all or for each.
+
+    Returns:
+        An integer scalar.
+    """
+    return jnp.sum(used > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
 
 
 def damping_of_rows(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from woodjax import linalg
-from woodjax.curvature._blocked import INVERSION_BYTES, WORKSPACE
+from woodjax.curvature._blocked import INVERSION_BYTES, WORKSPACE, blocks_at_once
 from woodjax.curvature.block_fisher import PRIMAL_FROM, BlockSums, block_fisher
 from woodjax.curvature.damping import ONE_PERCENT, Damping
 from woodjax.curvature.low_rank_fisher import GradientRows, low_rank_fisher
@@ -185,7 +185,7 @@ def _plan(
         flops = 2.5 * m * m * d + nb * 2 * m**3 / 3 + products
         return Estimate(engine, rows + work, rows + 4 * nb * m * m, flops, 1)
     if engine == "primal":
-        at_once = 1 if jax.default_backend() == "cpu" else max(1, WORKSPACE // (INVERSION_BYTES * b * b))
+        at_once = blocks_at_once(INVERSION_BYTES * b * b)
         inversion = min(nb, at_once) * INVERSION_BYTES * b * b
         work = max(2 * inverse + inversion, step if step else rows)  # XLA copies the sums into LAPACK's layout
         sums = 6 * inverse if auto else inverse  # two states, their means, sum and eigenvectors

@@ -3,7 +3,7 @@
 `F = λI + GᵀG/m` through the `m × m` matrix `mλI + GGᵀ = LLᵀ`; `L⁻¹` is kept.
 
 Memory: `m·nb·b` for the gradients (`m·d` for the whole network), `nb·m²` for the factors.
-Flops: about `m²b + 2m³/3` a block to build, `1.25m²b` for the diagonal, `4mb` for a product.
+Flops: about `1.25m²b + 2m³/3` a block to build, `1.25m²b` for the diagonal, `4mb` for a product.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,15 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, Blocked, map_blocks, map_chunks
-from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, check_damping, damping_of_rows, split_damping
+from woodjax.curvature.damping import (
+    ONE_PERCENT,
+    Damping,
+    Rule,
+    check_damping,
+    count_raised,
+    damping_of_rows,
+    split_damping,
+)
 from woodjax.curvature.sums import Accumulator, accumulate, layout_of
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
@@ -265,4 +273,4 @@ def _whiten(
     asked = damping_of_rows(rows, rule, number)
     grams = map_blocks(linalg.gram, rows)
     whitener = map_chunks(lambda matrix: linalg.whiten(matrix, asked), grams, INVERSION_BYTES * rows.shape[0] ** 2)
-    return whitener, jnp.sum(whitener.damping > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
+    return whitener, count_raised(whitener.damping, asked)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, after, map_chunks
-from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, resolve_damping, split_damping
+from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, count_raised, resolve_damping, split_damping
 from woodjax.curvature.protocol import compiled
 from woodjax.curvature.sums import layout_of
 from woodjax.stream import GradientStream
@@ -139,7 +139,7 @@ def _invert(
             map_chunks(lambda block: linalg.fisher_inverse(block, asked), waiting, INVERSION_BYTES * fisher[0].size)
         )
     used = jnp.concatenate([result.damping for result in results])
-    raised = jnp.sum(used > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
+    raised = count_raised(used, asked)
     return RowFisher(layout, [result.inverse for result in results], used, raised)
 
 

@@ -22,6 +22,7 @@ from woodjax.curvature.damping import (
     ONE_PERCENT,
     Damping,
     check_halves,
+    count_raised,
     resolve_damping,
     spectrum_of_grams,
     split_damping,
@@ -151,7 +152,7 @@ def streamed_fisher(
 
     asked = resolve_damping(rule, number, squares, lambda live: spectrum_of_grams(matrix[None], live))
     whitener = linalg.whiten(matrix, asked)
-    return StreamedFisher(layout, width, stream, whitener, jnp.asarray(whitener.damping > 1.5 * asked, jnp.int32))
+    return StreamedFisher(layout, width, stream, whitener, count_raised(whitener.damping, asked))
 
 
 def _gram(stream: GradientStream, layout: Layout, width: int, kept: Bool[Array, " d"] | None) -> Float[Array, "m m"]:
