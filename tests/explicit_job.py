@@ -6,6 +6,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import chex
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType
 from test_transform_conformance import CONFIGURATIONS, INPUTS, LABELS, STEPS, gradient, loss_fn, parameters, stepper
@@ -22,7 +23,9 @@ def train(name, place):
         grads = jax.tree.map(place, jax.device_get(gradient(jax.device_get(params), number)))
         params, state = step(params, state, grads)
     if name == "route A":
-        params, state, _ = wj.refresh(params, state, (INPUTS, LABELS), 0.5, loss_fn=loss_fn)
+        bound = jax.tree_util.Partial(lambda scale, *example: scale.mean() * loss_fn(*example), place(jnp.ones(2)))
+        options = {"key": jax.random.key(0), "examples_per_stage": 12, "measure_loss": True, "recomputations": 2}
+        params, state, _ = wj.refresh(params, state, (INPUTS, LABELS), 0.5, loss_fn=bound, **options)
     assert [jax.typeof(x) for x in jax.tree.leaves((params, state))] == kinds, name
     return jax.device_get((params, wj.get_masks(state)))
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import woodjax as wj
@@ -23,6 +23,7 @@ def spans(draw):
 
 @for_each
 @given(span=spans(), target=st.floats(1e-3, 1), share=st.floats(0, 1))
+@example(span={"begin": 0, "end": 20, "every": 10}, target=0.3, share=1.0)  # 1 − (1 − 0.3) is above 0.3
 def test_the_last_due_step_meets_the_target_and_nothing_falls(make, span, target, share):
     schedule = make(**span, target=target, initial=share * target)
     last = span["begin"] + (span["end"] - span["begin"]) // span["every"] * span["every"]
@@ -61,6 +62,12 @@ def test_the_target_of_half_counts_is_not_rounded_by_float32():
     assert oracle.rounded(0.9, 15) == 14
     assert int(jax.jit(lambda step: wj.prune_count(schedule.exact(step), 15))(3)) == 14
     assert int(jax.jit(lambda step: wj.prune_count(schedule(step), 15))(3)) == 13
+
+
+def test_a_step_that_is_an_array_is_a_number():
+    schedule = wj.one_shot_schedule(3, 0.9)
+    assert schedule(jnp.int32(3)) == 0.9
+    assert schedule.due(jnp.int32(3)) is True
 
 
 def test_mappings_keep_their_keys_and_order():

@@ -188,6 +188,24 @@ def test_route_d_prunes_by_the_fisher_of_the_last_gradients(m, examples):
     np.testing.assert_allclose(wj.get_info(state).predicted_loss_change, change, rtol=1e-3)
 
 
+@pytest.mark.parametrize("m", [3, 8])
+def test_route_d_with_the_first_order_term(m):
+    """The gradient is the plain mean of those in the window, whatever the rows of the Fisher are scaled by."""
+    build = partial(wj.low_rank_fisher, damping=1.0)
+    window = wj.gradient_window(m, curvature=build, examples_per_gradient=4)
+    ours, state = run(wj.prune_transform(optax.sgd(0.05), schedule=ONCE, fisher=window, first_order=True), 4)
+    params, rows = seen_gradients(optax.sgd(0.05), 4)
+    last = {"dense": {"kernel": rows["dense"]["kernel"][-m:]}, "out": rows["out"][-m:]}
+    last["dense"]["bias"] = jnp.zeros_like(rows["dense"]["bias"][-m:])
+    fisher, mean = build(jax.tree.map(lambda g: 2 * g, last)), jax.tree.map(lambda g: g.mean(0), last)
+    masks = wj.make_masks(wj.woodtaylor_scores(params, fisher, mean), 0.75)
+    updates = wj.compensate(params, masks, fisher, gradient=mean)
+    chex.assert_trees_all_equal(wj.get_masks(state), masks)
+    chex.assert_trees_all_close(ours, optax.apply_updates(params, updates), rtol=1e-3, atol=1e-4)
+    change = wj.predicted_loss_change(updates, fisher, mean)
+    np.testing.assert_allclose(wj.get_info(state).predicted_loss_change, change, rtol=1e-3)
+
+
 def test_what_was_pruned_before_leaves_the_problem_of_a_window():
     schedule = wj.schedule_of(lambda step: 0.5 if step < 3 else 0.75, begin=1, end=3, every=2)
     inner, build = optax.sgd(0.05), partial(wj.low_rank_fisher, damping=1e-2)
@@ -224,6 +242,17 @@ def test_a_sketch_keeps_the_diagonal_of_separate_gradients_and_half_the_rows():
     np.testing.assert_allclose((rows**2).mean(0), expected, rtol=1e-5)
     assert state.filled.tolist() == [2, 1, 2, 2]
     assert len(set(signs)) > 2  # both signs are drawn
+
+
+@pytest.mark.parametrize(("size", "room", "rows"), [(65, 64, 33), (5, 4, 3), (6, 3, 3), (6, 6, 6), (4, 9, 4)])
+def test_a_sketch_holds_hardly_more_than_its_window(size, room, rows):
+    window = wj.gradient_window(size, memory_budget=room * 4 * 4)
+    state, add = window.init({"w": jnp.ones((2, 2))}), jax.jit(window.add)
+    assert state.filled.shape == (rows,)
+    for _ in range(3 * size):
+        state = add(state, {"w": jnp.ones((2, 2))})
+    in_a_row = -(-size // rows)
+    assert size - in_a_row < int(state.filled.sum()) <= rows * in_a_row < size + in_a_row
 
 
 def test_a_sketch_is_unbiased():
@@ -288,6 +317,48 @@ def test_grad_gives_an_element_of_a_chain_what_the_wrapper_sees():
     chex.assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_refresh_function_of_your_own():
+    """It may be two lines: masks by any rule, and no info."""
+
+    def refresh_fn(params, masks, sparsity):
+        level = jnp.quantile(jnp.abs(params["out"]), sparsity.value)
+        masks = {**masks, "out": masks["out"] & (jnp.abs(params["out"]) > level)}
+        return wj.apply_masks(params, masks), masks
+
+    params, state = run(wj.prune_transform(optax.sgd(0.1), schedule=ONCE), 6, refresh_fn=refresh_fn)
+    masks, info = wj.get_masks(state), wj.get_info(state)
+    assert int((~masks["out"]).sum()) == 12
+    assert not np.asarray(params["out"])[~np.asarray(masks["out"])].any()
+    assert int(info.step) == 4
+    assert np.isnan(info.sparsity)
+    np.testing.assert_allclose(info.density, [1, 1, 0.25])
+
+
+def test_the_last_pattern_holds_inside_the_update():
+    schedule = wj.one_shot_schedule(3, {"out": 0.75, "*": 0.25})
+    _, state = run(
+        wj.prune_transform(optax.sgd(0.1), schedule=schedule, criterion=wj.magnitude_scores, scope="leaf"), 4
+    )
+    assert int((~wj.get_masks(state)["out"]).sum()) == 4
+
+
+def test_a_memory_of_past_steps_is_cleaned_too():
+    tx = wj.prune_transform(optax.scale_by_lbfgs(memory_size=3))
+    params, state = run(tx, 4)
+    _, state, _ = wj.refresh(params, state, None, 0.75, curvature=None)
+    masks = wj.get_masks(state)
+    memory = state.inner_state.diff_params_memory["out"]
+    assert memory.shape == (3, 4, 4)
+    assert np.asarray(memory)[:, np.asarray(masks["out"])].any()
+    assert not np.asarray(memory)[:, ~np.asarray(masks["out"])].any()
+
+
+def test_parameters_that_are_one_number_leave_hyperparameters_alone():
+    tx = optax.inject_hyperparams(lambda learning_rate: wj.prune_transform(optax.adam(learning_rate)))(0.5)
+    state = wj.set_masks(tx.init(jnp.float32(1.0)), jnp.array(False))
+    np.testing.assert_allclose(state.hyperparams["learning_rate"], 0.5)
+
+
 def test_what_is_pruned_stays_pruned_and_regrowth_is_asked_for():
     tx = wj.prune_transform(optax.adam(1e-2))
     params, state = run(tx, 2, *masked_start(tx))
@@ -310,18 +381,20 @@ def test_masks_of_a_sparse_checkpoint():
     assert wj.masks_from_params(params, select=lambda path, leaf: "dense/k" in path)["out"].all()
 
 
-def test_lookahead_needs_its_slow_weights_masked():
-    """The slow weights follow by half a step: they are near zero where the fast ones are, not at it."""
+@pytest.mark.parametrize("mend", [False, True])
+def test_lookahead_needs_its_slow_weights_masked(mend):
+    """Else the fast weights get back, at every synchronisation, what the slow ones still have."""
     tx = optax.lookahead(wj.prune_transform(optax.sgd(0.1), schedule=ONCE, criterion=wj.magnitude_scores), 2, 0.5)
     params = optax.LookaheadParams.init_synced(parameters())
-    state = tx.init(params)
-    for number in range(8):
+    state, dead = tx.init(params), []
+    for number in range(10):
         updates, state = tx.update(gradient(params.fast, number), state, params)
         params = optax.apply_updates(params, updates)
-    masks = wj.get_masks(state)
-    slow = wj.apply_masks(params.slow, masks)
-    assert np.asarray(params.slow["out"])[~np.asarray(masks["out"])].any()
-    assert not np.asarray(slow["out"])[~np.asarray(masks["out"])].any()
+        masks = wj.get_masks(state)
+        if mend:
+            params = params._replace(slow=wj.apply_masks(params.slow, masks))
+        dead.append(np.abs(np.asarray(params.fast["out"])[~np.asarray(masks["out"])]).max(initial=0))
+    assert (max(dead[4:]) == 0) == mend
 
 
 def test_schedule_free_evaluation_is_sparse_too():
@@ -383,6 +456,7 @@ def test_refresh_keeps_a_leaf_whose_scores_are_lost():
     assert wj.get_masks(after)["dense"]["kernel"].all()
 
 
+INSIDE = optax.masked(wj.prune_transform(), {"dense": False, "out": True})
 TWO = optax.chain(wj.prune_transform(), wj.prune_transform())
 
 
@@ -396,8 +470,22 @@ TWO = optax.chain(wj.prune_transform(), wj.prune_transform())
         (lambda: wj.gradient_window(4, examples_per_gradient=0), "examples_per_gradient is 0"),
         (lambda: wj.gradient_window(4, memory_budget=8).init(parameters()), "one row of gradients takes 160"),
         (lambda: update(wj.prune_transform(), params=None), "params is None"),
-        (lambda: update(wj.prune_transform(), grads={"w": jnp.ones(2)}), "updates have the structure"),
+        (lambda: update(wj.prune_transform(), grads={"w": jnp.ones(2)}), "updates has the structure"),
+        (lambda: update(wj.prune_transform(), grads=jax.tree.map(lambda w: w[None], parameters())), "updates: leaf"),
+        (lambda: update(wj.prune_transform(optax.sgd(1.0)), grad={"w": jnp.ones(2)}), "grad has the structure"),
         (lambda: update(wj.prune_transform(), refresh_fn=wj.refresh_masks), "pass schedule="),
+        (lambda: wj.prune_transform(ONCE), "inner is a Schedule"),
+        (
+            lambda: wj.prune_transform(schedule=ONCE, scope="leaf"),
+            r"\['scope'\] are of no use here: pass them to refresh",
+        ),
+        (lambda: pruner(method="sum"), r"\['method'\] are of no use without fisher"),
+        (lambda: pruner(scope="layer"), "scope is 'layer'"),
+        (lambda: pruner(recomputations=0), "stages is 0"),
+        (lambda: pruner(fisher=wj.gradient_window(4), path="cubc"), "path is 'cubc'"),
+        (lambda: pruner(fisher=wj.gradient_window(4), method="add"), "method is 'add'"),
+        (lambda: pruner(fisher=wj.gradient_window(4, memory_budget=999), first_order=True), "random signs cancel"),
+        (lambda: wj.get_masks(INSIDE.init(parameters())), "put it around"),
         (
             lambda: update(wj.prune_transform(schedule=ONCE, criterion=abs), refresh_fn=wj.refresh_masks),
             "leave out fisher and criterion",
@@ -413,6 +501,8 @@ TWO = optax.chain(wj.prune_transform(), wj.prune_transform())
         (lambda: refresh(loss_fn=None), "loss_fn is None"),
         (lambda: refresh(batch=None), "batch is None"),
         (lambda: refresh(batch=None, curvature=None, stream=True), "of no use without data"),
+        (lambda: refresh(batch=None, curvature=None, examples_per_gradient=2), "of no use without data"),
+        (lambda: refresh(batch=None, curvature=None, measure_loss=True), "measure_loss needs examples"),
         (lambda: refresh(recomputations=0), "stages is 0"),
         (lambda: refresh(batch=None, curvature=None, recomputations=0), "stages is 0"),
         (lambda: refresh(sparsity=1.5), r"sparsity is 1\.5"),
@@ -431,3 +521,8 @@ def update(tx, grads=None, params=True, **keywords):
 def refresh(batch=DATA, sparsity=0.5, **options):
     state = wj.prune_transform().init(parameters())
     return wj.refresh(parameters(), state, batch, sparsity, **{"loss_fn": loss_fn} | options)
+
+
+def pruner(**options):
+    source = {} if "fisher" in options else {"criterion": wj.magnitude_scores}
+    return wj.prune_transform(schedule=ONCE, **source, **options)

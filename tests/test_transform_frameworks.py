@@ -85,6 +85,20 @@ def test_nnx_optimizer(route):
     np.testing.assert_allclose(info.sparsity, 0.75)
 
 
+def test_nnx_masks_of_a_sparse_checkpoint():
+    model = NnxNet(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, transform("A"), wrt=nnx.Param)
+    nnx_step(model, optimizer)
+    _, params = nnx_bridge.functional(model)
+    half = jax.tree.map(lambda w: jnp.abs(w) > 0.1 if w.ndim > 1 else jnp.ones(w.shape, bool), params)
+    nnx_bridge.set_masks(model, optimizer, half)
+    chex.assert_trees_all_equal(nnx_bridge.masks(optimizer), half)
+    for _ in range(2):
+        _, params = nnx_bridge.functional(model)
+        chex.assert_trees_all_equal(wj.masks_from_params(params), half)
+        nnx_step(model, optimizer)
+
+
 def test_nnx_route_b():
     model = NnxNet(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, transform("B"), wrt=nnx.Param)
@@ -218,6 +232,8 @@ def test_batch_statistics_that_do_not_move_are_refused():
         linen_bridge.reestimate_batch_stats(module, variables, [], train=True)
     with pytest.raises(ValueError, match="'batch_stats' is missing"):
         linen_bridge.reestimate_batch_stats(module, {"params": variables["params"]}, [INPUTS], train=True)
+    with pytest.raises(ValueError, match="one size"):
+        linen_bridge.reestimate_batch_stats(module, variables, [INPUTS, INPUTS[:3]], train=True)
     counter = lambda params, stats, x: {"mean": x.mean(), "count": stats["count"] + 1}
     done = wj.reestimate_batch_stats(counter, None, {"mean": jnp.ones(()), "count": jnp.int32(7)}, [INPUTS])
     assert int(done["count"]) == 7

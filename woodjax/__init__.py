@@ -47,7 +47,7 @@ from woodjax.linalg import (
     woodbury_scan,
     woodbury_scan_rank_k,
 )
-from woodjax.masks import make_masks, mask_sparsity, nonfinite_scores, prune_count
+from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.probe import check_loss
 from woodjax.schedules import (
@@ -65,6 +65,7 @@ from woodjax.transform import (
     GradientWindow,
     PruneState,
     RefreshInfo,
+    find_state,
     get_info,
     get_masks,
     gradient_window,
@@ -87,6 +88,7 @@ __all__ = [
     "DiagonalFisher",
     "DiagonalSums",
     "Estimate",
+    "ExactSparsity",
     "GradientRows",
     "GradientStream",
     "GradientWindow",
@@ -116,6 +118,7 @@ __all__ = [
     "empirical_fisher",
     "estimate",
     "exponential_schedule",
+    "find_state",
     "fisher_inverse",
     "get_info",
     "get_masks",

@@ -28,19 +28,22 @@ def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTr
             function again to reuse what was compiled.
         params: A params-tree.
         batch_stats: Any pytree; what is not floating stays as it is.
-        batches: Inputs, all of the same size.
+        batches: Inputs, all of the same size; large ones: a variance is the mean of those within batches, and
+            leaves out how their means differ.
 
     Returns:
         A pytree like `batch_stats`.
 
     Raises:
-        ValueError: No batch; a leaf that does not move towards the batch (momentum 1, or eval mode).
+        ValueError: No batch; batches of different sizes; a leaf that does not move towards the batch (momentum 1, or
+            eval mode).
 
     Cost:
         One forward pass a batch, and one more.
 
     References:
-        Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021 (arXiv 2105.07576), section 3 (PreciseBN).
+        Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021 (arXiv 2105.07576), section 3: why the running average is
+        not the statistics of one network.
 
     Example:
         >>> import jax, jax.numpy as jnp, woodjax as wj
@@ -49,8 +52,11 @@ def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTr
         >>> round(float(wj.reestimate_batch_stats(update, None, {"mean": jnp.zeros(())}, batches)["mean"]), 3)
         4.0
     """
-    total, momentum, count = None, None, 0
+    total, momentum, count, shapes = None, None, 0, None
     for inputs in batches:
+        shapes, first = jax.tree.map(jnp.shape, inputs), shapes
+        if first is not None and shapes != first:
+            raise ValueError(f"Batches of shapes {first} and {shapes}: pass batches of one size, leave out the rest.")
         if momentum is None:
             momentum = _momentum(params, batch_stats, inputs, update_fn=update_fn)
             for path, m in jax.tree_util.tree_leaves_with_path(momentum):

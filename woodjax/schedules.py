@@ -99,7 +99,8 @@ class Schedule:
     """The steps at which pruning is due, and the sparsity to reach at each. Static: a table, made on the host.
 
     Steps count from 0, as those of an Optax schedule do: step `t` is the update that finds `t` updates behind it. A
-    pruning that is due at a step takes place after that step's update.
+    pruning that is due at a step takes place after that step's update. Inside the update the transform counts: under
+    `optax.MultiSteps` and `optax.apply_if_finite` only the updates that reach it.
     """
 
     steps: tuple[int, ...]  # increasing
@@ -109,15 +110,15 @@ class Schedule:
         """Sparsity that holds after a step: that of the last due step, 0 before the first.
 
         Args:
-            step: A Python integer, or a traced one.
+            step: An integer, or a traced one.
 
         Returns:
-            A number, or a mapping of them; traced if the step is.
+            A number, or a mapping of them; traced, and rounded to float32, if the step is.
         """
-        if isinstance(step, jax.Array):
+        if isinstance(step, jax.core.Tracer):
             exact = self.exact(step)
             return {key: s.value for key, s in exact.items()} if isinstance(exact, dict) else exact.value
-        done = sum(due <= step for due in self.steps)
+        done = sum(due <= int(step) for due in self.steps)
         if done:
             return self.sparsities[done - 1]
         first = self.sparsities[0]
@@ -127,14 +128,14 @@ class Schedule:
         """Is a pruning due after this step?
 
         Args:
-            step: A Python integer, or a traced one.
+            step: An integer, or a traced one.
 
         Returns:
             A Python bool, or a traced one.
         """
-        if isinstance(step, jax.Array):
+        if isinstance(step, jax.core.Tracer):
             return jnp.any(jnp.asarray(self.steps, jnp.int32) == step)
-        return step in self.steps
+        return int(step) in self.steps
 
     def exact(self, step: Int[Array, ""]) -> ExactSparsity | dict[str, ExactSparsity]:
         """As a call with a traced step, but without the rounding of a float32: `0.9` gives the counts of `0.9`.
@@ -326,7 +327,7 @@ def _along(path: Path, begin: int, end: int, every: int, target: Target, initial
             raise ValueError(f"initial={first} is above target={final}: what is pruned stays pruned.")
         if step - begin == last:
             return final
-        return float(on_path(final, first, (step - begin) / last, path))
+        return min(max(float(on_path(final, first, (step - begin) / last, path)), first), final)
 
     def sparsity(step: int) -> Target:
         if not isinstance(target, Mapping):

@@ -27,7 +27,7 @@ from woodjax.masks import (
 )
 from woodjax.schedules import Path, on_path
 from woodjax.stream import GradientStream
-from woodjax.tree import path_name
+from woodjax.tree import apply_masks, path_name
 from woodjax.typing import Gradients, Masks, Params, Scores
 
 CurvatureFn = Callable[[Any], Curvature]
@@ -59,6 +59,7 @@ def prune_stages(
     scope: Scope = "global",
     batch_axes: int = 0,
     first_order: bool = False,
+    mean_gradient: Params | None = None,
     prunable: tuple[bool, ...] | None = None,
     strict: bool = True,
 ) -> Iterator[tuple[Params, Masks, StageInfo]]:
@@ -79,6 +80,7 @@ def prune_stages(
         scope: As in `make_masks`.
         batch_axes: As in `make_masks`.
         first_order: Use the mean gradient as well, for networks that are not at a minimum.
+        mean_gradient: With `first_order`, the gradient where it is not the mean of the rows; None takes that.
         prunable: For each leaf, may it be pruned? None leaves that to the scores.
         strict: Outside `jit`, raise on scores that are not finite rather than leave their leaf as it is.
 
@@ -95,8 +97,9 @@ def prune_stages(
         rows = rows_at(number, params, masks)
         # A stream runs its own compiled steps from the host; gradients that are held go through one program.
         score, move = (_score, _move) if isinstance(rows, GradientStream) else (_score_jit, _move_jit)
+        known = None if mean_gradient is None else apply_masks(mean_gradient, masks)
         hessian, gradient, scores = score(
-            params, rows, curvature=curvature, criterion=criterion, first_order=first_order, prunable=prunable
+            params, rows, known, curvature=curvature, criterion=criterion, first_order=first_order, prunable=prunable
         )
         del rows  # the curvature has what it needs of them
         if initial is None and stages > 1:
@@ -137,6 +140,7 @@ def _target(sparsity: Sparsity, initial: dict[str | None, Any] | None, time: flo
 def _score(
     params: Params,
     rows: Gradients | GradientStream | None,
+    known: Params | None,
     *,
     curvature: CurvatureFn | None,
     criterion: Criterion,
@@ -146,7 +150,7 @@ def _score(
     if curvature is None:
         hessian, gradient, scores = None, None, criterion(params)
     elif first_order:
-        hessian, gradient = curvature(rows), _mean(rows)
+        hessian, gradient = curvature(rows), _mean(rows) if known is None else known
         scores = criterion(params, hessian, gradient)
     else:
         hessian, gradient = curvature(rows), None

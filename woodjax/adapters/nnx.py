@@ -14,6 +14,8 @@ from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
 from woodjax.masks import Sparsity
 from woodjax.transform import RefreshInfo, get_info, get_masks
 from woodjax.transform import refresh as woodjax_refresh
+from woodjax.transform import set_masks as woodjax_set_masks
+from woodjax.tree import apply_masks
 from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params
 
 
@@ -140,6 +142,27 @@ def masks(optimizer: nnx.Optimizer) -> Masks:
         None.
     """
     return nnx.to_pure_dict(get_masks(_values(optimizer.opt_state)))
+
+
+def set_masks(model: nnx.Module, optimizer: nnx.Optimizer, masks: Masks) -> None:
+    """`woodjax.set_masks` for a model and its `nnx.Optimizer`, in place; pruned weights become zero at once.
+
+    Args:
+        model: As in `refresh`.
+        optimizer: As in `refresh`.
+        masks: A nested dict of bool, as `masks` returns, or `woodjax.masks_from_params` of the parameters that
+            `functional` returns.
+
+    Raises:
+        ValueError: As `woodjax.set_masks`.
+
+    Cost:
+        One pass over parameters and optimizer state.
+    """
+    params, opt_state = _values(nnx.state(model, optimizer.wrt)), _values(optimizer.opt_state)
+    state = _with_values(params, masks)
+    nnx.update(optimizer.opt_state, nnx.state(woodjax_set_masks(opt_state, state)))
+    nnx.update(model, apply_masks(params, state))
 
 
 def info(optimizer: nnx.Optimizer) -> RefreshInfo:

@@ -11,13 +11,22 @@
 
 from woodjax.transform.prune import prune_transform
 from woodjax.transform.refresh import refresh, refresh_masks
-from woodjax.transform.state import PruneState, RefreshInfo, get_info, get_masks, masks_from_params, set_masks
+from woodjax.transform.state import (
+    PruneState,
+    RefreshInfo,
+    find_state,
+    get_info,
+    get_masks,
+    masks_from_params,
+    set_masks,
+)
 from woodjax.transform.window import GradientWindow, gradient_window
 
 __all__ = [
     "GradientWindow",
     "PruneState",
     "RefreshInfo",
+    "find_state",
     "get_info",
     "get_masks",
     "gradient_window",

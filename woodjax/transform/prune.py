@@ -5,8 +5,9 @@ be the last that touches the updates: the last element of a chain, or around eve
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +16,17 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from woodjax.compensation import Method
-from woodjax.masks import Scope, Sparsity
-from woodjax.schedules import Path, Schedule
+from woodjax.masks import ExactSparsity, Scope, Sparsity
+from woodjax.schedules import Path, Schedule, check_stages
 from woodjax.stages import Criterion
 from woodjax.transform.explicit import automatic
 from woodjax.transform.refresh import run_stages, without_data
-from woodjax.transform.state import PruneState, RefreshInfo, clean_moments, no_refresh
+from woodjax.transform.state import PruneState, RefreshInfo, clean_moments, densities, no_refresh
 from woodjax.transform.window import GradientWindow, WindowState
-from woodjax.tree import apply_masks
+from woodjax.tree import apply_masks, check_bool, check_like
 from woodjax.typing import Masks, Params, Updates
 
-RefreshFn = Callable[[Params, Masks, Sparsity], tuple[Params, Masks, RefreshInfo]]
+RefreshFn = Callable[[Params, Masks, Sparsity], tuple[Params, Masks] | tuple[Params, Masks, RefreshInfo]]
 
 
 def prune_transform(
@@ -51,7 +52,7 @@ def prune_transform(
     | the transform, without data | `schedule`, `criterion=magnitude_scores` | holds zeros |
 
     Around an optimizer, `prune_transform(optax.adamw(1e-3), ...)`, gradients of pruned weights are zero
-    before it sees them (for clipping and moments), and moments of weights that die are zero. As the last
+    before it sees them (for clipping and moments), and moments of weights are zeroed when they die. As the last
     element of a chain it can only hold the zeros: what is before it never hears of them.
 
     Args:
@@ -69,14 +70,15 @@ def prune_transform(
 
     Returns:
         A transformation whose state holds masks; `get_masks`, `set_masks` and `get_info` find it in any state.
-        Its update takes two more keywords: `refresh_fn(params, masks, sparsity) -> (params, masks, info)`, for
-        example a `functools.partial` of `refresh_masks`, and `grad`, the gradients, for a `fisher` in a chain. Others
-        go to `inner`.
+        Its update takes two more keywords. `refresh_fn(params, masks, sparsity) -> (params, masks, info)`, for
+        example a `functools.partial` of `refresh_masks`; one of your own may leave the info out, and hands the
+        sparsity on to `make_masks` (`sparsity.value` is the number). `grad`: the gradients for `fisher`, where the
+        updates are not: in a chain, or after a transformation that changed them. Others go to `inner`.
 
     Raises:
         ValueError: `fisher` or `criterion` without a schedule, or a schedule that is a bare function. At an update: no
-            `params`; updates not shaped like the parameters; a `refresh_fn` without a schedule, or beside `fisher`
-            or `criterion`; `fisher` without gradients.
+            `params`; updates or `grad` not shaped like the parameters; a `refresh_fn` without a schedule, or beside
+            `fisher` or `criterion`; `fisher` without gradients. Options that nobody here would use.
 
     Cost:
         A byte a weight for masks. Holding zeros reads masks and parameters once, in the same pass as the update.
@@ -98,11 +100,14 @@ def prune_transform(
             f"schedule is a {type(schedule).__name__}: pass a woodjax schedule, or make one of a function by "
             "woodjax.schedule_of(function, begin=, end=, every=)."
         )
+    if inner is not None and not hasattr(inner, "update"):
+        raise ValueError(f"inner is a {type(inner).__name__}: pass an Optax optimizer, and all else by keyword.")
     prunes = fisher is not None or criterion is not None
     if prunes and schedule is None:
         raise ValueError("fisher and criterion prune on schedule: pass schedule=, for example cubic_schedule(...).")
     optimizer = None if inner is None else optax.with_extra_args_support(inner)
     options = {"criterion": criterion, "method": method, "scope": scope, "batch_axes": batch_axes, "path": path}
+    _check_options(fisher, criterion, options | {"recomputations": recomputations, "first_order": first_order})
     own_refresh = None
     if fisher is not None:
         own_refresh = partial(_from_window, fisher, options | {"stages": recomputations, "first_order": first_order})
@@ -132,7 +137,8 @@ def prune_transform(
             raise ValueError(
                 "params is None: pruned weights are held at zero by -params. Call tx.update(grads, state, params)."
             )
-        check_trees(updates, state.masks, params)
+        for name, tree in (("updates", updates), ("params", params)) + ((("grad", grad),) if grad is not None else ()):
+            check_like(tree, state.masks, name)
         if refresh_fn is not None and (prunes or schedule is None):
             raise ValueError(
                 "refresh_fn prunes on schedule, and alone: "
@@ -140,7 +146,7 @@ def prune_transform(
             )
         window, inner_state = state.window, state.inner_state
         if fisher is not None:
-            gradients = grad if optimizer is None else updates
+            gradients = updates if grad is None and optimizer is not None else grad
             if gradients is None:
                 raise ValueError(
                     "fisher needs gradients, and an element of a chain sees updates: wrap the whole chain, "
@@ -157,7 +163,7 @@ def prune_transform(
         if schedule is not None and prune is not None and jax.tree.leaves(masks):
             now = held, masks, info
             step = automatic(partial(_prune, prune), now)
-            arguments = window, params, held, masks, schedule.exact(state.count), count
+            arguments = window, params, held, masks, _pairs(schedule.exact(state.count)), count
             held, masks, info = lax.cond(schedule.due(state.count), lambda: step(*arguments), lambda: now)
             inner_state = clean_moments(inner_state, masks)
         return held, PruneState(count, masks, window, info, inner_state)
@@ -179,38 +185,59 @@ def hold(updates: Updates, params: Params, masks: Masks) -> Updates:
     return jax.tree.map(lambda u, p, mask: jnp.where(mask, u, -p), updates, params, masks)
 
 
-def check_trees(updates: Updates, masks: Masks, params: Params) -> None:
-    """Raise unless updates and parameters are shaped like the masks.
-
-    Args:
-        updates: A params-tree.
-        masks: A params-tree of bool.
-        params: A params-tree.
-
-    Raises:
-        ValueError: Naming what differs.
-    """
-    for name, tree in (("updates", updates), ("params", params)):
-        if jax.tree.structure(tree) != jax.tree.structure(masks):
+def _check_options(fisher: GradientWindow | None, criterion: Criterion | None, options: dict[str, Any]) -> None:
+    defaults = {"scope": "global", "batch_axes": 0, "path": "exponential", "recomputations": 1, "first_order": False}
+    defaults |= {"method": "joint"}
+    if fisher is None:
+        useless = [name for name, value in defaults.items() if options[name] != value]
+        if criterion is not None:
+            useless = [name for name in useless if name in ("first_order", "method")]
+        if useless:
             raise ValueError(
-                f"{name} have the structure {jax.tree.structure(tree)}, the state was made for "
-                f"{jax.tree.structure(masks)}: init and update take the same tree of parameters."
+                f"{useless} are of no use "
+                + ("without fisher=." if criterion else "here: pass them to refresh or refresh_fn, which prune.")
             )
+    elif options["first_order"] and fisher.memory_budget is not None:
+        raise ValueError("first_order needs the mean gradient, which random signs cancel: leave memory_budget out.")
+    check_stages(options["recomputations"], options["path"])
+    if options["scope"] not in get_args(Scope):
+        raise ValueError(f"scope is {options['scope']!r}: choose one of {list(get_args(Scope))}.")
+    if options["method"] not in (None, *get_args(Method)):
+        raise ValueError(f"method is {options['method']!r}: choose 'joint', 'sum' or None.")
 
 
 def _prune(
-    prune: Callable[..., tuple[Params, Masks, RefreshInfo]],
+    prune: Callable[..., Any],
     window: Any,
     params: Params,
     held: Updates,
     masks: Masks,
-    sparsity: Sparsity,
+    sparsity: Any,
     count: Int[Array, ""],
 ) -> tuple[Updates, Masks, RefreshInfo]:
     # The optimizer's step, then the pruning: both as one update of the parameters.
-    pruned, masks, info = prune(window, optax.apply_updates(params, held), masks, sparsity)
+    stepped = optax.apply_updates(params, held)
+    target = sparsity if isinstance(sparsity, ExactSparsity) else {key.name: value for key, value in sparsity}
+    pruned, masks, *rest = prune(window, stepped, masks, target)
+    check_like(pruned, params, "refresh_fn's params")
+    check_like(masks, params, "refresh_fn's masks")
+    check_bool(masks, "refresh_fn's masks")
+    unknown = no_refresh(masks)
+    info = rest[0] if rest else unknown._replace(sparsity=jnp.full((), jnp.nan), density=densities(masks))
+    info = jax.tree.map(lambda x, like: jnp.asarray(x).astype(like.dtype), info._replace(step=count), unknown)
     moved = hold(jax.tree.map(jnp.subtract, pruned, params), params, masks)
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), moved, held), masks, info._replace(step=count)
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), moved, held), masks, info
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Key:
+    name: str
+
+
+def _pairs(sparsity: ExactSparsity | dict[str, ExactSparsity]) -> Any:
+    # A dict would come out of a compiled function with its keys sorted, and the last pattern that matches holds.
+    return [(_Key(key), value) for key, value in sparsity.items()] if isinstance(sparsity, dict) else sparsity
 
 
 def _from_window(
@@ -229,6 +256,7 @@ def _from_window(
         sparsity,
         curvature=fisher.curvature,
         prunable=fisher.kept(params),
+        mean_gradient=fisher.mean_gradient(window, params) if options["first_order"] else None,
         **options,
     )
 

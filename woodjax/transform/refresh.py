@@ -63,7 +63,8 @@ def refresh(
 
     Args:
         params: A params-tree: the network.
-        opt_state: State of an optimizer with one `prune_transform` in it. Keep both: they are not changed.
+        opt_state: State of an optimizer with one `prune_transform` in it. It is not changed; what is returned shares
+            buffers with it that a later donation takes along.
         batch: Examples `[n, ...]` along the first axis of every leaf; None where the curvature is None.
         sparsity: As in `make_masks`: what is pruned already stays pruned, and counts.
         loss_fn: `loss_fn(params, example) -> scalar` for one example: deterministic, batch normalisation in
@@ -99,19 +100,25 @@ def refresh(
     """
     state = find_state(opt_state)
 
-    def run(params: Params, masks: Masks, batch: Batch) -> tuple[Params, Masks, RefreshInfo]:
-        return refresh_masks(
-            params,
-            masks,
-            sparsity,
-            loss_fn=loss_fn,
-            batch=batch,
-            recomputations=recomputations,
-            measure_loss=measure_loss,
-            **options,
-        )
+    # Arrays come as arguments: under an explicit mesh none may be closed over.
+    arrays: dict[str, Any] = {"batch": batch, "key": options.pop("key", None)}
+    if isinstance(loss_fn, jax.tree_util.Partial):
+        arrays["loss_fn"], loss_fn = loss_fn, None
+    if isinstance(sparsity, jax.Array):
+        arrays["sparsity"] = sparsity
 
-    params, masks, info = automatic(run, (params, state.masks, state.info))(params, state.masks, batch)
+    def run(params: Params, masks: Masks, arrays: dict[str, Any]) -> tuple[Params, Masks, RefreshInfo]:
+        chosen: Any = {
+            "sparsity": sparsity,
+            "loss_fn": loss_fn,
+            "recomputations": recomputations,
+            "measure_loss": measure_loss,
+            **options,
+            **{name: value for name, value in arrays.items() if value is not None},
+        }
+        return refresh_masks(params, masks, **chosen)
+
+    params, masks, info = automatic(run, (params, state.masks, state.info))(params, state.masks, arrays)
     info = info._replace(step=state.count)
     # No buffer twice in the state, and none that is handed out beside it: the state may be donated.
     kept = jax.tree.map(jnp.copy, info)
@@ -155,6 +162,8 @@ def refresh_masks(
     """
     check_like(masks, params, "masks")
     if options.get("curvature", low_rank_fisher) is None and batch is None:
+        if measure_loss:
+            raise ValueError("measure_loss needs examples: pass loss_fn and batch.")
         return without_data(params, masks, sparsity, recomputations=recomputations, **options)
     if loss_fn is None or batch is None:
         missing = "loss_fn" if loss_fn is None else "batch"
@@ -192,7 +201,8 @@ def without_data(
         ValueError: An option that needs data.
     """
     check_stages(recomputations, options.get("path", "exponential"))
-    needless = sorted(set(options) & {"stream", "examples_per_stage", "key", "microbatch_size", "check", "first_order"})
+    needed = {"curvature", "criterion", "method", "scope", "batch_axes", "path"}
+    needless = sorted(set(options) - needed)
     if needless:
         raise ValueError(f"{needless} are of no use without data: pass loss_fn and batch, or leave them out.")
     return run_stages(params, masks, lambda *_: None, sparsity, stages=recomputations, **options)

@@ -209,6 +209,11 @@ def find_state(opt_state: Any) -> PruneState:
             "optimizer with one woodjax.prune_transform in it, as it came from init or update (a checkpoint restored "
             "without a target has lost its types)."
         )
+    if any(map(_is_left_out, jax.tree.leaves(found[0].masks, is_leaf=_is_left_out))):
+        raise ValueError(
+            "prune_transform stands inside optax.partition or optax.masked and sees a part of the parameters: put it "
+            "around, prune_transform(optax.partition(...)), to read, set and refresh its masks."
+        )
     return found[0]
 
 
@@ -228,8 +233,9 @@ def replace_state(opt_state: OptState, change: Callable[[PruneState], PruneState
 def clean_moments(opt_state: OptState, masks: Masks) -> OptState:
     """Zero for pruned weights in every part of an optimizer state that is shaped like the parameters.
 
-    What is shaped otherwise (counts, factored moments) stays. Parts in which some leaves are left out by
-    `optax.masked` or `optax.partition` are cleaned where they have leaves.
+    Leading axes, as of a memory of past steps, may come before those of the parameters. What is shaped otherwise
+    (counts, factored moments) stays. Parts in which some leaves are left out by `optax.masked` or `optax.partition`
+    are cleaned where they have leaves.
 
     Args:
         opt_state: Any optimizer state.
@@ -265,7 +271,13 @@ def clean_moments(opt_state: OptState, masks: Masks) -> OptState:
 
 
 def _clean_leaf(moment: Any, mask: Bool[Array, "..."]) -> Any:
-    if _is_left_out(moment) or jnp.shape(moment) != jnp.shape(mask):
+    if _is_left_out(moment):
+        return moment
+    # Leading axes, as of an L-BFGS memory, are theirs; a mask without axes would fit every number in the state.
+    axes = jnp.ndim(mask)
+    if axes == 0 or jnp.ndim(moment) < axes:
+        return moment
+    if jnp.shape(moment)[jnp.ndim(moment) - axes :] != jnp.shape(mask):
         return moment
     if not jnp.issubdtype(jnp.result_type(moment), jnp.floating):
         return moment

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from woodjax.curvature import low_rank_fisher
 from woodjax.stages import CurvatureFn
@@ -67,6 +67,7 @@ class GradientWindow:
                     f"memory_budget is {self.memory_budget} bytes, one row of gradients takes {row_bytes}: pass more, "
                     "or dtype=jnp.bfloat16, or select= fewer leaves."
                 )
+            k = math.ceil(self.size / math.ceil(self.size / k))  # no more rows than the gradients of the window fill
         rows = [
             jnp.broadcast_to(jnp.zeros_like(x, dtype=t), (k, *x.shape))
             if keep
@@ -108,17 +109,41 @@ class GradientWindow:
         Returns:
             Gradients; zero in leaves that are not kept.
         """
-        k = state.filled.shape[0]
         leaves, treedef = jax.tree.flatten(params)
+        rows, used = self._usable(state)
+        k = state.filled.shape[0]
+        scale = jnp.sqrt(k * self.examples_per_gradient / jnp.maximum(jnp.sum(jnp.where(used, state.filled, 0)), 1))
+        full = [
+            scale * x_rows if keep else jnp.zeros((k, *x.shape))
+            for x_rows, x, keep in zip(rows, leaves, self.kept(params), strict=True)
+        ]
+        return jax.tree.unflatten(treedef, full)
+
+    def mean_gradient(self, state: WindowState, params: Params) -> Params:
+        """Mean of the gradients seen, for windows without a memory budget: signs would cancel it.
+
+        Args:
+            state: The window.
+            params: A params-tree; only shapes are read.
+
+        Returns:
+            A params-tree; zero in leaves that are not kept.
+        """
+        leaves, treedef = jax.tree.flatten(params)
+        rows, used = self._usable(state)
+        count = jnp.maximum(jnp.sum(jnp.where(used, state.filled, 0)), 1)
+        means = [
+            jnp.sum(x_rows, axis=0) / count if keep else jnp.zeros(x.shape)
+            for x_rows, x, keep in zip(rows, leaves, self.kept(params), strict=True)
+        ]
+        return jax.tree.unflatten(treedef, means)
+
+    def _usable(self, state: WindowState) -> tuple[list[Float[Array, "k ..."]], Bool[Array, " k"]]:
+        # Rows in at least float32, zero where one is not finite, and which are not.
         wide = [rows.astype(jnp.promote_types(rows.dtype, jnp.float32)) for rows in jax.tree.leaves(state.rows)]
         finite = [jnp.all(jnp.isfinite(rows), axis=tuple(range(1, rows.ndim))) for rows in wide]
         used = jnp.all(jnp.stack(finite), axis=0)
-        scale = jnp.sqrt(k * self.examples_per_gradient / jnp.maximum(jnp.sum(jnp.where(used, state.filled, 0)), 1))
-        full = [
-            jnp.where(used.reshape(-1, *[1] * x.ndim), scale * rows, 0) if keep else jnp.zeros((k, *x.shape))
-            for rows, x, keep in zip(wide, leaves, self.kept(params), strict=True)
-        ]
-        return jax.tree.unflatten(treedef, full)
+        return [jnp.where(used.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0) for rows in wide], used
 
 
 def gradient_window(
