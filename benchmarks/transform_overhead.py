@@ -43,6 +43,7 @@ def routes(loss_fn: Any, batch: Any) -> dict[str, tuple[optax.GradientTransforma
             wj.prune_transform(adam, schedule=NEVER),
             {"refresh_fn": partial(wj.refresh_masks, loss_fn=loss_fn, batch=small)},
         ),
+        "D, refreshed from outside": (wj.prune_transform(adam, fisher=wj.gradient_window(WINDOW)), {}),
         "D": (wj.prune_transform(adam, schedule=NEVER, fisher=wj.gradient_window(WINDOW)), {}),
         "D in bfloat16": (
             wj.prune_transform(adam, schedule=NEVER, fisher=wj.gradient_window(WINDOW, dtype=jnp.bfloat16)),

@@ -206,6 +206,19 @@ def test_route_d_with_the_first_order_term(m):
     np.testing.assert_allclose(wj.get_info(state).predicted_loss_change, change, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"recomputations": 2, "method": "sum"}, {"first_order": True, "scope": "leaf"}]
+)
+def test_a_refresh_from_the_recorded_window_is_route_d(options):
+    window = wj.gradient_window(3, curvature=partial(wj.low_rank_fisher, damping=1.0))
+    params, state = run(wj.prune_transform(optax.sgd(0.05), fisher=window), 4)
+    params, state, info = wj.refresh(params, state, None, 0.75, fisher=window, **options)
+    expected, other = run(wj.prune_transform(optax.sgd(0.05), schedule=ONCE, fisher=window, **options), 4)
+    chex.assert_trees_all_equal(wj.get_masks(state), wj.get_masks(other))
+    chex.assert_trees_all_close(params, expected, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(info, wj.get_info(other), rtol=1e-3)
+
+
 def test_what_was_pruned_before_leaves_the_problem_of_a_window():
     schedule = wj.schedule_of(lambda step: 0.5 if step < 3 else 0.75, begin=1, end=3, every=2)
     inner, build = optax.sgd(0.05), partial(wj.low_rank_fisher, damping=1e-2)
@@ -464,7 +477,6 @@ TWO = optax.chain(wj.prune_transform(), wj.prune_transform())
     ("call", "message"),
     [
         (lambda: wj.prune_transform(schedule=lambda step: 0.5), "schedule_of"),
-        (lambda: wj.prune_transform(fisher=wj.gradient_window(4)), "pass schedule="),
         (lambda: wj.prune_transform(criterion=wj.magnitude_scores), "pass schedule="),
         (lambda: wj.gradient_window(0), "size is 0"),
         (lambda: wj.gradient_window(4, examples_per_gradient=0), "examples_per_gradient is 0"),
@@ -484,7 +496,14 @@ TWO = optax.chain(wj.prune_transform(), wj.prune_transform())
         (lambda: pruner(recomputations=0), "stages is 0"),
         (lambda: pruner(fisher=wj.gradient_window(4), path="cubc"), "path is 'cubc'"),
         (lambda: pruner(fisher=wj.gradient_window(4), method="add"), "method is 'add'"),
-        (lambda: pruner(fisher=wj.gradient_window(4, memory_budget=999), first_order=True), "random signs cancel"),
+        (lambda: refresh(fisher=wj.gradient_window(4)), "leave out batch, loss_fn"),
+        (lambda: refresh(None, loss_fn=None, fisher=wj.gradient_window(4)), "holds no window"),
+        (lambda: recorded(first_order=True), "random signs cancel"),
+        (lambda: recorded(stream=True), "of no use without data"),
+        (
+            lambda: wj.prune_transform(optax.sgd(0.1), fisher=wj.gradient_window(4), scope="leaf"),
+            "pass them to refresh",
+        ),
         (lambda: wj.get_masks(INSIDE.init(parameters())), "put it around"),
         (
             lambda: update(wj.prune_transform(schedule=ONCE, criterion=abs), refresh_fn=wj.refresh_masks),
@@ -526,3 +545,9 @@ def refresh(batch=DATA, sparsity=0.5, **options):
 def pruner(**options):
     source = {} if "fisher" in options else {"criterion": wj.magnitude_scores}
     return wj.prune_transform(schedule=ONCE, **source, **options)
+
+
+def recorded(**options):
+    window = wj.gradient_window(4, memory_budget=999)
+    state = wj.prune_transform(optax.sgd(0.1), fisher=window).init(parameters())
+    return wj.refresh(parameters(), state, None, 0.5, fisher=window, **options)

@@ -20,7 +20,7 @@ from woodjax.masks import ExactSparsity, Scope, Sparsity
 from woodjax.schedules import Path, Schedule, check_stages
 from woodjax.stages import Criterion
 from woodjax.transform.explicit import automatic
-from woodjax.transform.refresh import run_stages, without_data
+from woodjax.transform.refresh import from_window, without_data
 from woodjax.transform.state import PruneState, RefreshInfo, clean_moments, densities, no_refresh
 from woodjax.transform.window import GradientWindow, WindowState
 from woodjax.tree import apply_masks, check_bool, check_like
@@ -48,7 +48,8 @@ def prune_transform(
     |---|---|---|
     | you, by `woodjax.refresh(params, opt_state, ...)` where `schedule.due(step)` | `refresh` | holds zeros |
     | `tx.update(grads, state, params, refresh_fn=...)` | `schedule`, `refresh_fn` | and holds the refresh's workspace |
-    | the transform, by gradients it saw | `schedule`, `fisher=gradient_window(m)` | and writes a row |
+    | you, by `woodjax.refresh(..., fisher=window)` | `refresh`, with the same `fisher=window` here | and writes a row |
+    | the transform, by gradients it saw | `schedule`, `fisher=window` | that, and holds the refresh's workspace |
     | the transform, without data | `schedule`, `criterion=magnitude_scores` | holds zeros |
 
     Around an optimizer, `prune_transform(optax.adamw(1e-3), ...)`, gradients of pruned weights are zero
@@ -58,8 +59,9 @@ def prune_transform(
     Args:
         inner: The optimizer to wrap; None for the last element of a chain.
         schedule: When to prune, and to what sparsity.
-        fisher: Where the transform itself takes curvature from. As the element of a chain it sees updates, not
-            gradients: wrap the whole chain, or pass `grad=` to the update.
+        fisher: A `gradient_window`. With a schedule the transform prunes by it, without one it only records the
+            gradients, for a `refresh`. As the element of a chain it sees updates, not gradients: wrap the whole
+            chain, or pass `grad=` to the update.
         criterion: As in `prune_one_shot`.
         method: As in `prune_one_shot`.
         first_order: As in `prune_one_shot`.
@@ -76,7 +78,7 @@ def prune_transform(
         updates are not: in a chain, or after a transformation that changed them. Others go to `inner`.
 
     Raises:
-        ValueError: `fisher` or `criterion` without a schedule, or a schedule that is a bare function. At an update: no
+        ValueError: `criterion` without a schedule, or a schedule that is a bare function. At an update: no
             `params`; updates or `grad` not shaped like the parameters; a `refresh_fn` without a schedule, or beside
             `fisher` or `criterion`; `fisher` without gradients. Options that nobody here would use.
 
@@ -102,15 +104,16 @@ def prune_transform(
         )
     if inner is not None and not hasattr(inner, "update"):
         raise ValueError(f"inner is a {type(inner).__name__}: pass an Optax optimizer, and all else by keyword.")
-    prunes = fisher is not None or criterion is not None
-    if prunes and schedule is None:
-        raise ValueError("fisher and criterion prune on schedule: pass schedule=, for example cubic_schedule(...).")
+    if criterion is not None and schedule is None:
+        raise ValueError("criterion prunes on schedule: pass schedule=, for example cubic_schedule(...).")
+    prunes = schedule is not None and (fisher is not None or criterion is not None)
     optimizer = None if inner is None else optax.with_extra_args_support(inner)
     options = {"criterion": criterion, "method": method, "scope": scope, "batch_axes": batch_axes, "path": path}
-    _check_options(fisher, criterion, options | {"recomputations": recomputations, "first_order": first_order})
+    asked = options | {"recomputations": recomputations, "first_order": first_order}
+    _check_options(fisher if prunes else None, criterion, asked)
     own_refresh = None
-    if fisher is not None:
-        own_refresh = partial(_from_window, fisher, options | {"stages": recomputations, "first_order": first_order})
+    if fisher is not None and prunes:
+        own_refresh = partial(_from_window, fisher, asked)
     elif criterion is not None:
         own_refresh = partial(_from_nothing, options | {"curvature": None, "recomputations": recomputations})
 
@@ -197,8 +200,6 @@ def _check_options(fisher: GradientWindow | None, criterion: Criterion | None, o
                 f"{useless} are of no use "
                 + ("without fisher=." if criterion else "here: pass them to refresh or refresh_fn, which prune.")
             )
-    elif options["first_order"] and fisher.memory_budget is not None:
-        raise ValueError("first_order needs the mean gradient, which random signs cancel: leave memory_budget out.")
     check_stages(options["recomputations"], options["path"])
     if options["scope"] not in get_args(Scope):
         raise ValueError(f"scope is {options['scope']!r}: choose one of {list(get_args(Scope))}.")
@@ -248,17 +249,7 @@ def _from_window(
     masks: Masks,
     sparsity: Sparsity,
 ) -> tuple[Params, Masks, RefreshInfo]:
-    rows = fisher.gradients(window, params)
-    return run_stages(
-        params,
-        masks,
-        lambda number, params, kept: apply_masks(rows, kept),  # what was pruned leaves the problem
-        sparsity,
-        curvature=fisher.curvature,
-        prunable=fisher.kept(params),
-        mean_gradient=fisher.mean_gradient(window, params) if options["first_order"] else None,
-        **options,
-    )
+    return from_window(fisher, window, params, masks, sparsity, **options)
 
 
 def _from_nothing(

@@ -26,7 +26,8 @@ from woodjax.transform.state import (
     no_refresh,
     replace_state,
 )
-from woodjax.tree import check_like
+from woodjax.transform.window import GradientWindow, WindowState
+from woodjax.tree import apply_masks, check_like
 from woodjax.typing import Batch, LossFn, Masks, Params
 
 
@@ -55,6 +56,7 @@ def refresh(
     sparsity: Sparsity,
     *,
     loss_fn: LossFn | None = None,
+    fisher: GradientWindow | None = None,
     recomputations: int = 1,
     measure_loss: bool = False,
     **options: Unpack[RefreshOptions],
@@ -65,10 +67,12 @@ def refresh(
         params: A params-tree: the network.
         opt_state: State of an optimizer with one `prune_transform` in it. It is not changed; what is returned shares
             buffers with it that a later donation takes along.
-        batch: Examples `[n, ...]` along the first axis of every leaf; None where the curvature is None.
+        batch: Examples `[n, ...]` along the first axis of every leaf; None with `fisher` or `curvature=None`.
         sparsity: As in `make_masks`: what is pruned already stays pruned, and counts.
         loss_fn: `loss_fn(params, example) -> scalar` for one example: deterministic, batch normalisation in
             eval mode. Pass the same function again to reuse what was compiled.
+        fisher: The window that `prune_transform(optimizer, fisher=...)` recorded gradients in, in the place of a loss
+            and examples.
         recomputations: Stages of the refresh, with the curvature computed anew at each.
         measure_loss: Measure the loss over the examples before and after: two forward passes for each
             recomputation.
@@ -81,7 +85,8 @@ def refresh(
         what was done. A leaf whose scores or updates are not finite keeps its mask and weights.
 
     Raises:
-        ValueError: As `prune_one_shot`; no `PruneState` in `opt_state`; a curvature but no loss or batch.
+        ValueError: As `prune_one_shot`; no `PruneState` in `opt_state`; a curvature but no loss or batch; a `fisher`
+            beside them, or one that recorded nothing.
 
     Cost:
         As `prune_one_shot` with `stages=recomputations`.
@@ -102,6 +107,14 @@ def refresh(
 
     # Arrays come as arguments: under an explicit mesh none may be closed over.
     arrays: dict[str, Any] = {"batch": batch, "key": options.pop("key", None)}
+    if fisher is not None:
+        if batch is not None or loss_fn is not None or measure_loss:
+            raise ValueError(
+                "fisher takes the gradients that were recorded: leave out batch, loss_fn and measure_loss."
+            )
+        if not isinstance(state.window, WindowState):
+            raise ValueError("The optimizer state holds no window: pass the same fisher= to prune_transform.")
+        arrays["window"] = state.window
     if isinstance(loss_fn, jax.tree_util.Partial):
         arrays["loss_fn"], loss_fn = loss_fn, None
     if isinstance(sparsity, jax.Array):
@@ -110,13 +123,13 @@ def refresh(
     def run(params: Params, masks: Masks, arrays: dict[str, Any]) -> tuple[Params, Masks, RefreshInfo]:
         chosen: Any = {
             "sparsity": sparsity,
-            "loss_fn": loss_fn,
             "recomputations": recomputations,
-            "measure_loss": measure_loss,
             **options,
             **{name: value for name, value in arrays.items() if value is not None},
         }
-        return refresh_masks(params, masks, **chosen)
+        if fisher is not None:
+            return from_window(fisher, chosen.pop("window"), params, masks, **chosen)
+        return refresh_masks(params, masks, measure_loss=measure_loss, **{"loss_fn": loss_fn} | chosen)
 
     params, masks, info = automatic(run, (params, state.masks, state.info))(params, state.masks, arrays)
     info = info._replace(step=state.count)
@@ -200,12 +213,62 @@ def without_data(
     Raises:
         ValueError: An option that needs data.
     """
-    check_stages(recomputations, options.get("path", "exponential"))
-    needed = {"curvature", "criterion", "method", "scope", "batch_axes", "path"}
-    needless = sorted(set(options) - needed)
+    _check_needless(options, {"curvature"}, recomputations)
+    return run_stages(params, masks, lambda *_: None, sparsity, stages=recomputations, **options)
+
+
+def from_window(
+    fisher: GradientWindow,
+    window: WindowState,
+    params: Params,
+    masks: Masks,
+    sparsity: Sparsity,
+    *,
+    recomputations: int = 1,
+    first_order: bool = False,
+    **options: Any,
+) -> tuple[Params, Masks, RefreshInfo]:
+    """A refresh by the gradients of a window.
+
+    Args:
+        fisher: What the window is.
+        window: Its gradients.
+        params: As in `refresh`.
+        masks: As in `refresh_masks`.
+        sparsity: As in `refresh`.
+        recomputations: As in `refresh`, from the same gradients.
+        first_order: As in `prune_one_shot`.
+        **options: Those of `prune_stages`.
+
+    Returns:
+        As `refresh_masks`.
+
+    Raises:
+        ValueError: An option that needs data; `first_order` with a memory budget.
+    """
+    _check_needless(options, set(), recomputations)
+    if first_order and fisher.memory_budget is not None:
+        raise ValueError("first_order needs the mean gradient, which random signs cancel: leave memory_budget out.")
+    rows = fisher.gradients(window, params)
+    return run_stages(
+        params,
+        masks,
+        lambda number, params, kept: apply_masks(rows, kept),  # what was pruned leaves the problem
+        sparsity,
+        stages=recomputations,
+        curvature=fisher.curvature,
+        prunable=fisher.kept(params),
+        first_order=first_order,
+        mean_gradient=fisher.mean_gradient(window, params) if first_order else None,
+        **options,
+    )
+
+
+def _check_needless(options: dict[str, Any], also: set[str], recomputations: int) -> None:
+    needless = sorted(set(options) - {"criterion", "method", "scope", "batch_axes", "path"} - also)
     if needless:
         raise ValueError(f"{needless} are of no use without data: pass loss_fn and batch, or leave them out.")
-    return run_stages(params, masks, lambda *_: None, sparsity, stages=recomputations, **options)
+    check_stages(recomputations, options.get("path", "exponential"))
 
 
 def run_stages(
