@@ -61,18 +61,14 @@ def table(records: list[Record]) -> str:
         f"JAX {env['jax']}, {env['device']}. Every method has {config['prune_steps']} steps of Adam with prunings and "
         f"{config['tune_steps']} after the last, batches of {config['batch_size']}, cosine from "
         f"{config['learning_rate']:g}; route A sees {config['examples']} more examples at each pruning. *Lowest*: the "
-        "lowest mean accuracy right after a pruning.",
+        "lowest mean accuracy right after a pruning."
+        + (" The network starts from a checkpoint of other pixels, in a short schedule." if config["weights"] else ""),
         "",
         readme_table(records),
         "",
         "## Right before and right after each pruning",
         "",
     ]
-    if config["weights"]:
-        lines[-3:-3] = [
-            "The network starts from a checkpoint of other pixels (JPEG artefacts), in a short schedule.",
-            "",
-        ]
     for target in sorted({t for _, t in runs(records, "final_accuracy")}):
         names = titles(records)
         reached = prunings(records, next(iter(names)), target, "accuracy_after_prune")[0]
