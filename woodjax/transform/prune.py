@@ -140,7 +140,8 @@ def prune_transform(
             raise ValueError(
                 "params is None: pruned weights are held at zero by -params. Call tx.update(grads, state, params)."
             )
-        for name, tree in (("updates", updates), ("params", params)) + ((("grad", grad),) if grad is not None else ()):
+        trees = {"updates": updates, "params": params} | ({} if grad is None else {"grad": grad})
+        for name, tree in trees.items():
             check_like(tree, state.masks, name)
         if refresh_fn is not None and (prunes or schedule is None):
             raise ValueError(
