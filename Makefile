@@ -14,10 +14,6 @@ demo: $(VENV)/.ready
 
 test: lint types floors unit
 
-# The tests' many small programs are compiled once for all workers, and for the next run.
-unit: export JAX_COMPILATION_CACHE_DIR ?= $(abspath $(VENV))/jax-cache
-unit: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
-unit: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 

@@ -168,9 +168,7 @@ def test_state_keeps_its_types(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(before, jax.eval_shape(tx.init, params))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CONFIGURATIONS if not name.startswith("route A")]
-)  # those prune on the host
+@pytest.mark.parametrize("name", ["route B", "route D", "magnitude"])  # route A prunes on the host
 def test_scan_is_the_loop(name):
     make, keywords = CONFIGURATIONS[name]
     tx, params = make(ADAMW), parameters()
@@ -187,13 +185,16 @@ def test_scan_is_the_loop(name):
 
 
 @for_each
-def test_updates_keep_the_dtype_and_zeros_are_exact_in_bfloat16(name):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_updates_keep_the_dtype(name, dtype):
     make, keywords = CONFIGURATIONS[name]
-    tx = make(optax.sgd(0.1, momentum=0.9))
-    for dtype in (jnp.float32, jnp.bfloat16):
-        params = parameters(dtype)
-        updates, _ = jax.eval_shape(partial(tx.update, **keywords), gradient(params), tx.init(params), params)
-        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    tx, params = make(optax.sgd(0.1, momentum=0.9)), parameters(dtype)
+    updates, _ = jax.eval_shape(partial(tx.update, **keywords), gradient(params), tx.init(params), params)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+
+
+@for_each_way
+def test_zeros_are_exact_in_bfloat16(name):
     params, state, _ = trained(name, optax.sgd(0.1, momentum=0.9), dtype=jnp.bfloat16)
     assert params["out"].dtype == jnp.bfloat16
     assert not np.asarray(params["out"])[~np.asarray(wj.get_masks(state)["out"])].any()
@@ -285,7 +286,7 @@ def test_an_empty_tree(name):
     assert updates == {}
 
 
-@for_each
+@for_each_way
 def test_explicit_sharding_is_kept(name):
     make, keywords = CONFIGURATIONS[name]
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -293,12 +294,12 @@ def test_explicit_sharding_is_kept(name):
         place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P("x")))
         tx, params = make(ADAMW), jax.tree.map(place, parameters())
         state, step = tx.init(params), stepper(tx, keywords)
-        kinds = [jax.typeof(x) for x in jax.tree.leaves(state)]
+        kinds = [jax.typeof(x) for x in jax.tree.leaves((params, state))]
         grads = jax.tree.map(place, gradient(parameters()))
         for _ in range(STEPS):
             params, state = step(params, state, grads)
-        assert [jax.typeof(x) for x in jax.tree.leaves(state)] == kinds
-        assert {str(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(params)} <= {"P('x',)", "P('x', None)"}
+        assert [jax.typeof(x) for x in jax.tree.leaves((params, state))] == kinds
+        assert jax.typeof(params["out"]).sharding.spec[0] == "x"
 
 
 def test_two_devices_with_explicit_axes_are_one_device():
