@@ -3,8 +3,7 @@
     python benchmarks/transform_overhead.py --json OUT.jsonl
 
 A LeNet-300-100 (266,200 weights) on random images, Adam with weight decay, everything donated. Steps of all routes
-take turns, so that the machine's moods meet all of them: medians of ratios in one run. The refresh itself is timed
-beside them. `--quick` takes fewer turns.
+take turns, so that the machine's moods meet all of them: medians of ratios in one run. `--quick` takes fewer turns.
 """
 
 import statistics
@@ -56,8 +55,8 @@ def stepper(tx: optax.GradientTransformation, keywords: dict[str, Any], loss_fn:
     """A compiled training step."""
 
     def step(params: Any, state: Any, batch: Any) -> Any:
-        mean = lambda p: jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(p, batch))  # noqa: E731
-        updates, state = tx.update(jax.grad(mean)(params), state, params, **keywords)
+        gradient = jax.grad(lambda p: jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(p, batch)))(params)
+        updates, state = tx.update(gradient, state, params, **keywords)
         return optax.apply_updates(params, updates), state
 
     return jax.jit(step, donate_argnums=(0, 1))

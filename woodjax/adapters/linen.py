@@ -46,7 +46,7 @@ def functional(module: nn.Module, variables: Mapping[str, Any], **kwargs: Any) -
     return jax.tree_util.Partial(_Apply(module, kwargs), rest), variables["params"]
 
 
-@dataclass(frozen=True, eq=True)
+@dataclass(frozen=True)
 class _Apply:
     """A call of a module, known to `jit` by the module and the options of the call."""
 

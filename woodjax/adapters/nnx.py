@@ -219,8 +219,11 @@ def _twin(model: nnx.Module) -> nnx.Module:
 
 
 def _values(tree: Any) -> Any:
-    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    return jax.tree.map(lambda x: x[...] if is_variable(x) else x, tree, is_leaf=is_variable)
+    return jax.tree.map(lambda x: x[...] if _is_variable(x) else x, tree, is_leaf=_is_variable)
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 def _loss_of_state(loss_fn: LossFn, state: nnx.State, example: Example) -> Float[Array, ""]:
