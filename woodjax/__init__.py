@@ -5,6 +5,7 @@ pytree, each made by a pure function of the one before.
 """
 
 from woodjax.batch_stats import reestimate_batch_stats
+from woodjax.choices import FIXED
 from woodjax.compensation import compensate
 from woodjax.criteria import magnitude_scores, obd_scores, obs_scores, woodtaylor_scores
 from woodjax.curvature import (
@@ -41,6 +42,7 @@ from woodjax.linalg import (
     gram,
     joint_step_gram,
     joint_step_inverse,
+    joint_steps_gram,
     primal_inverse,
     whiten,
     whiten_gram,
@@ -76,10 +78,12 @@ from woodjax.transform import (
     set_masks,
 )
 from woodjax.tree import Layout, apply_masks, is_kernel, make_layout, path_name
+from woodjax.update_search import UpdateChoice, UpdateSearch, choose_update
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FIXED",
     "Accumulator",
     "BlockFisher",
     "BlockSums",
@@ -103,11 +107,14 @@ __all__ = [
     "SparsityPath",
     "Stage",
     "StreamedFisher",
+    "UpdateChoice",
+    "UpdateSearch",
     "Whitener",
     "all_class_gradients",
     "apply_masks",
     "block_fisher",
     "check_loss",
+    "choose_update",
     "compensate",
     "contract",
     "cubic_schedule",
@@ -127,6 +134,7 @@ __all__ = [
     "is_kernel",
     "joint_step_gram",
     "joint_step_inverse",
+    "joint_steps_gram",
     "linear_schedule",
     "low_rank_fisher",
     "magnitude_scores",

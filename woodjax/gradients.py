@@ -13,6 +13,7 @@ The last two need no labels; for softmax cross-entropy the exact Fisher is the G
 Memory: `rows · d` for the result; the backward pass holds `microbatch_size` examples at a time.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -201,7 +202,10 @@ def group_examples(batch: Batch, examples_per_gradient: int) -> Batch:
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class LossRow:
-    """Gradient of one example, or of the mean over a group.
+    """Gradient of one example, of the mean over a group, or of a sum over it with signs.
+
+    A signed row is a pair, the group and its signs: `Σ εᵢ lossᵢ / √s` has a gradient whose expected outer product is
+    that of the single examples, where the mean's is about `1/s` of it and the mean gradient's.
 
     Known to `jit` by the function. A loss that is a `jax.tree_util.Partial` is known by its function and the shapes
     of what is bound: other values, such as newer batch statistics, compile nothing anew.
@@ -209,22 +213,28 @@ class LossRow:
 
     loss_fn: LossFn
     grouped: bool
+    signed: bool = False
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Bound arrays, and what is static."""
+        kind = (self.grouped, self.signed)
         bound = isinstance(self.loss_fn, jax.tree_util.Partial)
-        return ((self.loss_fn,), (None, self.grouped)) if bound else ((), (self.loss_fn, self.grouped))
+        return ((self.loss_fn,), (None, *kind)) if bound else ((), (self.loss_fn, *kind))
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> "LossRow":
         """Put together again."""
-        function, grouped = static
-        return cls(children[0] if children else function, grouped)
+        function, *kind = static
+        return cls(children[0] if children else function, *kind)
 
     def loss(self, params: Params, row: Batch) -> Float[Array, ""]:
         """Loss of the row."""
         if not self.grouped:
             return self.loss_fn(params, row)
+        if self.signed:
+            examples, signs = row
+            losses = jax.vmap(self.loss_fn, in_axes=(None, 0))(params, examples)
+            return jnp.dot(signs.astype(losses.dtype), losses) / math.sqrt(signs.size)
         return jnp.mean(jax.vmap(self.loss_fn, in_axes=(None, 0))(params, row))
 
     def __call__(self, params: Params, row: Batch) -> Params:

@@ -1,6 +1,6 @@
 """One-shot pruning: gradients → curvature → scores → masks → updates, in one or several stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from woodjax.choices import Auto, choose_plan, choose_search
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
 from woodjax.gradients import LossRow, batch_size
@@ -17,10 +18,11 @@ from woodjax.stages import Criterion, CurvatureFn, prune_stages
 from woodjax.stream import GradientStream, stream_gradients
 from woodjax.tree import check_floating, check_like, path_name
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
+from woodjax.update_search import UpdateChoice
 
 
 class OneShotInfo(NamedTuple):
-    """What one-shot pruning did; every field has one entry for each stage."""
+    """What one-shot pruning chose and did; every field has one entry for each stage."""
 
     sparsity: Float[Array, " stages"]  # reached, of the weights that count
     predicted_loss_change: Float[Array, " stages"]  # by the quadratic model; NaN without a curvature
@@ -29,6 +31,10 @@ class OneShotInfo(NamedTuple):
     damping: Float[Array, " stages"]  # the largest of any block: higher than asked if a factor failed
     raised: Int[Array, " stages"]  # blocks whose factor failed and took more damping
     nonfinite: Bool[Array, "stages leaves"]  # leaf kept its mask and weights: scores or updates not finite
+    rows: Int[Array, " stages"]  # gradient rows of the curvature
+    examples_per_gradient: Int[Array, " stages"]  # examples in each row
+    held_out: Int[Array, " stages"]  # examples that chose the update
+    choice: UpdateChoice | None  # which update was taken, and the held-out losses of all that were tried
 
 
 class Stage(NamedTuple):
@@ -45,20 +51,23 @@ def prune_one_shot(
     batch: Batch,
     sparsity: Sparsity,
     *,
-    stages: int = 1,
+    stages: int | Auto = "auto",
     path: Path = "exponential",
+    method: Method | Auto | None = "auto",
+    damping_multiples: Sequence[float] | Auto = "auto",
+    step: float | Auto = "auto",
+    held_out: int | Auto = "auto",
     examples_per_stage: int | None = None,
+    examples_per_gradient: int | Auto = "auto",
     key: Key[Array, ""] | None = None,
-    curvature: CurvatureFn | None = low_rank_fisher,
+    curvature: CurvatureFn | Auto | None = "auto",
     stream: bool = False,
     criterion: Criterion | None = None,
-    method: Method | None = "joint",
     first_order: bool = False,
     scope: Scope = "global",
     masks: Masks | None = None,
     batch_axes: int = 0,
     microbatch_size: int | None = 64,
-    examples_per_gradient: int = 1,
     measure_loss: bool = True,
     check: bool = True,
     on_broken: Literal["raise", "keep"] = "raise",
@@ -66,8 +75,11 @@ def prune_one_shot(
 ) -> tuple[Params, Masks, OneShotInfo]:
     """Prune a trained network without training it again.
 
-    In every stage the curvature is computed anew at the current weights, weights pruned before
-    leave the problem, and the survivors move to make up for what goes.
+    In every stage the curvature is computed anew at the current weights, weights pruned before leave the problem, and
+    the survivors move to make up for what goes. What is `"auto"` is chosen here: the number of stages from the
+    sparsity, the examples from the size of the pool, and at every stage the rule, the damping and the length of the
+    survivors' move by the loss on examples that were held out. `info` says what was taken, and the losses of all
+    that were tried. `FIXED` turns all of it off.
 
     Args:
         loss_fn: `loss_fn(params, example) -> scalar` for one example: deterministic, batch
@@ -75,28 +87,36 @@ def prune_one_shot(
         params: A params-tree of floating leaves: the trained network.
         batch: A pool of examples, `[n, ...]` along the first axis of every leaf.
         sparsity: Fraction to prune, or a mapping from leaf path to fraction, as in `make_masks`.
-        stages: Number of stages; more are better at high sparsity and cost in proportion.
+        stages: Number of stages; more are better at high sparsity and cost in proportion. `"auto"` takes about 12 %
+            of the density off in each, with at most 32, and 32 with `first_order`, which descends in each.
         path: Sparsities on the way from that of `masks`, as in `stage_sparsities`.
-        examples_per_stage: Examples of the pool that each stage takes, fresh ones until the
-            pool is used up; None for all of them in every stage.
-        key: Shuffles the pool; None takes it in order.
+        method: `"joint"`, `"sum"`, None to prune without moving the survivors, or `"auto"`.
+        damping_multiples: Multiples of the curvature's damping to try for joint updates; `(1.0,)` for its own.
+        step: Length of the survivors' move, 1 for the whole of it.
+        held_out: Examples of the pool, its last ones, that choose. `"auto"`: a fifth, at most 2,048; none where there
+            is nothing to choose or fewer than 8 would be left aside, and then the update is the whole joint one.
+        examples_per_stage: Examples of the pool that each stage takes, fresh ones until the pool is used up; None
+            for what the rows need, or all of them where `examples_per_gradient` is given.
+        examples_per_gradient: Examples averaged into one row of the Fisher. `"auto"` makes at most 1,000 rows of up to
+            8 examples, added up with random signs (16 examples, averaged, with `first_order`).
+        key: Shuffles the pool and draws the signs; None takes the pool in order.
         curvature: From per-example gradients to a curvature, for example
             `functools.partial(woodjax.block_fisher, block_size=128)`. Pass the same object again
-            to reuse what was compiled. None for criteria that see no data, such as magnitude.
+            to reuse what was compiled. `"auto"` is the Fisher of the whole network, `low_rank_fisher`. None for
+            criteria that see no data, such as magnitude.
         stream: Hand the curvature a `GradientStream` instead of gradients that are held: for example to
             `functools.partial(woodjax.empirical_fisher, memory_budget=2**30)`.
         criterion: From parameters and curvature to scores, `criterion(params, curvature)`; without curvature
             `criterion(params)`, with `first_order` `criterion(params, curvature, mean_gradient)`. None takes
             `obs_scores`, `magnitude_scores`, `woodtaylor_scores`.
-        method: `"joint"`, `"sum"`, or None to prune without moving the survivors.
-        first_order: Take the mean gradient into scores and updates, for a network that is not at a minimum. The full
-            Newton step that comes with it can leave the region where the model holds: raise the damping.
+        first_order: Take the mean gradient into scores and updates: for a network that is not at a minimum, and to
+            descend on the examples while pruning. That is training on their labels, and can pass the dense network;
+            compare it with nothing that does not do the same.
         scope: As in `make_masks`.
         masks: Masks of an earlier pruning: what they pruned stays pruned.
         batch_axes: Leading axes that stack layers, for the scopes `"leaf"` and `"erdos_renyi"`; give
             the curvature its own.
         microbatch_size: Gradient rows computed at once.
-        examples_per_gradient: Examples averaged into one row of the Fisher.
         measure_loss: Measure the loss over the stage's examples before and after it: two forward passes.
         check: Look for dropout, train-mode batch normalisation and impure losses first.
         on_broken: What to do, outside `jit`, where scores or updates are not finite: `"raise"`, or `"keep"`, which is
@@ -112,12 +132,14 @@ def prune_one_shot(
             finite (outside `jit`), naming the leaves.
 
     Cost:
-        For each stage `m` backward passes, and flops and memory of the curvature: for the
-        default `2m·d` floats at the peak and about `3.5m²d` flops. See `woodjax.estimate`.
+        For each stage a backward pass for each of its examples (up to 8,000), flops and memory of the curvature (for
+        the default `2m·d` floats at the peak and about `3.5m²d` flops, `m` up to 1,000 rows; see `woodjax.estimate`),
+        and up to 8 forward passes over the held-out examples.
 
     References:
         Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340); Frantar et al., M-FAC, 2021
-        (arXiv 2107.03356), section 4 (recomputation).
+        (arXiv 2107.03356), section 4 (recomputation); Benbaki et al., CHITA, 2023 (arXiv 2302.14623), sections 3.4
+        (stages) and 3.1 (the first-order term).
 
     Example:
         >>> import jax, jax.numpy as jnp, woodjax as wj
@@ -128,20 +150,36 @@ def prune_one_shot(
         ([[True], [False]], 0.5)
     """
     check_sparsity(sparsity)
-    check_stages(stages, path)
     check_floating(params)
     size = batch_size(batch)
-    m = size if examples_per_stage is None else examples_per_stage
-    if not 1 <= m <= size:
-        raise ValueError(f"examples_per_stage is {m}: pass 1 to {size}, the examples in the batch.")
+    search = None if curvature is None else choose_search(method, damping_multiples, step, first_order=first_order)
+    plan = choose_plan(
+        sparsity,
+        size,
+        stages=stages,
+        examples_per_stage=examples_per_stage,
+        examples_per_gradient=examples_per_gradient,
+        held_out=held_out,
+        searching=search is not None and not search.is_fixed,
+        first_order=first_order,
+    )
+    check_stages(plan.stages, path)
+    if curvature == "auto":
+        curvature = low_rank_fisher
     if masks is None:
         masks = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
     check_like(masks, params, "masks")
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     order = jnp.arange(size) if key is None else jax.random.permutation(key, size)
+    signed = examples_per_gradient == "auto" and not first_order
+    signs = jax.random.fold_in(jax.random.key(0) if key is None else key, size)
+    row_loss = LossRow(loss_fn, False)
+
+    def take(indices: Int[Array, " k"]) -> Batch:
+        return jax.tree.map(lambda x: jnp.asarray(x)[order[indices]], batch)
 
     def examples_of(number: int) -> Batch:
-        return jax.tree.map(lambda x: jnp.asarray(x)[order[(jnp.arange(m) + number * m) % size]], batch)
+        return take((jnp.arange(plan.examples) + number * plan.examples) % (size - plan.held_out))
 
     def rows_at(number: int, params: Params, masks: Masks) -> Gradients | GradientStream | None:
         if curvature is None:
@@ -151,8 +189,9 @@ def prune_one_shot(
             params,
             examples_of(number),
             masks=masks,  # what was pruned before leaves the problem
-            microbatch_size=microbatch_size or m,
-            examples_per_gradient=examples_per_gradient,
+            microbatch_size=microbatch_size or plan.examples,
+            examples_per_gradient=plan.examples_per_gradient,
+            signs=jax.random.fold_in(signs, number) if signed else None,
             check=check and number == 0,
         )
         return rows if stream else rows.collect()
@@ -160,7 +199,12 @@ def prune_one_shot(
     def loss(params: Params, number: int) -> Float[Array, ""]:
         if not measure_loss:
             return jnp.full((), jnp.nan)
-        return _mean_loss(params, examples_of(number), LossRow(loss_fn, False), microbatch_size=microbatch_size)
+        return _mean_loss(params, examples_of(number), row_loss, microbatch_size=microbatch_size)
+
+    aside = take(size - 1 - jnp.arange(plan.held_out)) if plan.held_out else None
+
+    def held_out_loss(params: Params) -> Float[Array, ""]:
+        return _mean_loss(params, aside, row_loss, microbatch_size=microbatch_size)
 
     infos, before = [], params
     stages_done = prune_stages(
@@ -168,24 +212,34 @@ def prune_one_shot(
         masks,
         rows_at,
         sparsity,
-        stages=stages,
+        stages=plan.stages,
         path=path,
         curvature=curvature,
         criterion=criterion,
-        method=method,
+        method=search.methods[0] if search else None,
+        search=search if plan.held_out else None,
+        held_out_loss=held_out_loss,
         scope=scope,
         batch_axes=batch_axes,
         first_order=first_order,
+        gradient_scale=1 / plan.examples_per_gradient,
         strict=on_broken == "raise",
     )
     for number, (params, masks, done) in enumerate(stages_done):
         if on_broken == "raise" and not isinstance(done.nonfinite, jax.core.Tracer) and done.nonfinite.any():
             bad = [name for name, broken in zip(names, done.nonfinite, strict=True) if broken]
             raise ValueError(
-                f"Stage {number + 1} of {stages}: updates of {bad} are not finite. Look for NaN in the parameters "
+                f"Stage {number + 1} of {plan.stages}: updates of {bad} are not finite. Look for NaN in the parameters "
                 "and the batch, or raise the damping of the curvature."
             )
-        info = OneShotInfo(**done._asdict(), loss_before=loss(before, number), loss_after=loss(params, number))
+        info = OneShotInfo(
+            **done._asdict(),
+            loss_before=loss(before, number),
+            loss_after=loss(params, number),
+            rows=jnp.asarray(plan.rows),
+            examples_per_gradient=jnp.asarray(plan.examples_per_gradient),
+            held_out=jnp.asarray(plan.held_out),
+        )
         infos.append(info)
         before = params
         if on_stage is not None:

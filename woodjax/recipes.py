@@ -7,6 +7,7 @@ from typing import Literal
 
 from jaxtyping import Array, Key
 
+from woodjax.choices import FIXED, Auto
 from woodjax.compensation import Method
 from woodjax.criteria import magnitude_scores, obs_scores
 from woodjax.curvature import Curvature, block_fisher, diagonal_fisher, low_rank_fisher
@@ -16,22 +17,25 @@ from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.tree import apply_masks
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
 
-Column = Literal["mask", "update", "staged"]
+Column = Literal["mask", "update", "staged", "first_order"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to prune; `curvature=None` is magnitude."""
+    """One way to prune; `curvature=None` is magnitude, `"auto"` the no-knob call."""
 
     title: str
-    curvature: Callable[[Gradients], Curvature] | None
+    curvature: Callable[[Gradients], Curvature] | Auto | None
     update: Method | None
-    stages: int = 1
+    stages: int | Auto = 1
+    first_order: bool = False
 
     @property
     def column(self) -> Column:
         """Which column of a results table it belongs to; columns are never compared blindly."""
-        if self.stages > 1:
+        if self.first_order:
+            return "first_order"
+        if self.stages == "auto" or self.stages > 1:
             return "staged"
         return "mask" if self.update is None else "update"
 
@@ -67,6 +71,8 @@ def recipes(*, damping: Damping = ONE_PERCENT, block_size: int = 512, stages: in
         "sum": Recipe("Whole Fisher, sum", whole, "sum"),
         "joint": Recipe("Whole Fisher, joint", whole, "joint"),
         "joint-staged": Recipe(f"Whole Fisher, joint, {stages} stages", whole, "joint", stages),
+        "auto": Recipe("No knobs", "auto", None, "auto"),
+        "auto-first-order": Recipe("No knobs, first order", "auto", None, "auto", first_order=True),
     }
 
 
@@ -90,7 +96,7 @@ def prune(
         params: The trained network.
         pool: Examples, `[n, ...]`.
         sparsity: Fraction to prune.
-        examples: Fresh examples of the pool for each stage.
+        examples: Fresh examples of the pool for each stage; what has no knobs chooses for itself.
         key: Shuffles the pool.
         microbatch_size: Gradient rows computed at once.
         on_stage: Called after each stage.
@@ -107,17 +113,14 @@ def prune(
         if on_stage is not None:
             on_stage(Stage(pruned, masks, None))
         return pruned, masks, None
-    return prune_one_shot(
-        loss_fn,
-        params,
-        pool,
-        sparsity,
-        stages=recipe.stages,
+    run = partial(
+        prune_one_shot, loss_fn, params, pool, sparsity, key=key, microbatch_size=microbatch_size, on_stage=on_stage
+    )
+    if recipe.curvature == "auto":
+        return run(first_order=recipe.first_order)
+    return run(
+        **{**FIXED, "stages": recipe.stages, "method": recipe.update},
         examples_per_stage=examples,
-        key=key,
         curvature=recipe.curvature,
         criterion=obs_scores,
-        method=recipe.update,
-        microbatch_size=microbatch_size,
-        on_stage=on_stage,
     )

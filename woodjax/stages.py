@@ -28,7 +28,8 @@ from woodjax.masks import (
 from woodjax.schedules import Path, on_path
 from woodjax.stream import GradientStream
 from woodjax.tree import apply_masks, path_name
-from woodjax.typing import Gradients, Masks, Params, Scores
+from woodjax.typing import Gradients, Masks, Params, Scores, Updates
+from woodjax.update_search import UpdateChoice, UpdateSearch, choose_update
 
 CurvatureFn = Callable[[Any], Curvature]
 Criterion = Callable[..., Scores]
@@ -43,6 +44,7 @@ class StageInfo(NamedTuple):
     damping: Float[Array, ""]  # the largest of any block: higher than asked if a factor failed
     raised: Int[Array, ""]  # blocks whose factor failed and took more damping
     nonfinite: Bool[Array, " leaves"]  # leaf kept its mask and weights: scores or updates not finite
+    choice: UpdateChoice | None  # which update, and why; None where there was nothing to choose
 
 
 def prune_stages(
@@ -56,10 +58,13 @@ def prune_stages(
     curvature: CurvatureFn | None = low_rank_fisher,
     criterion: Criterion | None = None,
     method: Method | None = "joint",
+    search: UpdateSearch | None = None,
+    held_out_loss: Callable[[Params], Float[Array, ""]] | None = None,
     scope: Scope = "global",
     batch_axes: int = 0,
     first_order: bool = False,
     mean_gradient: Params | None = None,
+    gradient_scale: float = 1.0,
     prunable: tuple[bool, ...] | None = None,
     strict: bool = True,
 ) -> Iterator[tuple[Params, Masks, StageInfo]]:
@@ -77,10 +82,14 @@ def prune_stages(
         criterion: `criterion(params, curvature)`; `criterion(params)` without curvature, `criterion(params,
             curvature, gradient)` with `first_order`. None takes OBS, magnitude or WoodTaylor.
         method: As in `compensate`, or None to leave the survivors where they are.
+        search: Candidates to choose the update from, in the place of `method`.
+        held_out_loss: With `search`, what chooses.
         scope: As in `make_masks`.
         batch_axes: As in `make_masks`.
         first_order: Use the mean gradient as well, for networks that are not at a minimum.
         mean_gradient: With `first_order`, the gradient where it is not the mean of the rows; None takes that.
+        gradient_scale: Factor on it: `1/s` for rows that average `s` examples, whose Fisher is `1/s` of that of single
+            examples, so that `H⁻¹ḡ` is the step of the latter.
         prunable: For each leaf, may it be pruned? None leaves that to the scores.
         strict: Outside `jit`, raise on scores that are not finite rather than leave their leaf as it is.
 
@@ -99,7 +108,14 @@ def prune_stages(
         score, move = (_score, _move) if isinstance(rows, GradientStream) else (_score_jit, _move_jit)
         known = None if mean_gradient is None else apply_masks(mean_gradient, masks)
         hessian, gradient, scores = score(
-            params, rows, known, curvature=curvature, criterion=criterion, first_order=first_order, prunable=prunable
+            params,
+            rows,
+            known,
+            gradient_scale,
+            curvature=curvature,
+            criterion=criterion,
+            first_order=first_order,
+            prunable=prunable,
         )
         del rows  # the curvature has what it needs of them
         if initial is None and stages > 1:
@@ -107,7 +123,10 @@ def prune_stages(
         target = _target(sparsity, initial, (number + 1) / stages, path)
         ranked = scores if strict else jax.tree.map(lambda s: jnp.where(is_broken(s), jnp.inf, s), scores)
         new_masks = make_masks(ranked, target, scope=scope, previous=masks, batch_axes=batch_axes)
-        params, masks, info = move(params, masks, new_masks, scores, hessian, gradient, method=method)
+        update, choice = None, None
+        if search is not None and held_out_loss is not None and hessian is not None:
+            update, choice = choose_update(params, new_masks, hessian, gradient, search, held_out_loss)
+        params, masks, info = move(params, masks, new_masks, scores, hessian, gradient, update, choice, method=method)
         yield params, masks, info
 
 
@@ -141,6 +160,7 @@ def _score(
     params: Params,
     rows: Gradients | GradientStream | None,
     known: Params | None,
+    gradient_scale: float,
     *,
     curvature: CurvatureFn | None,
     criterion: Criterion,
@@ -151,6 +171,7 @@ def _score(
         hessian, gradient, scores = None, None, criterion(params)
     elif first_order:
         hessian, gradient = curvature(rows), _mean(rows) if known is None else known
+        gradient = jax.tree.map(lambda g: g * gradient_scale, gradient)
         scores = criterion(params, hessian, gradient)
     else:
         hessian, gradient = curvature(rows), None
@@ -175,12 +196,15 @@ def _move(
     scores: Scores,
     hessian: Curvature | None,
     gradient: Params | None,
+    steps: Updates | None,
+    choice: UpdateChoice | None,
     *,
     method: Method | None,
 ) -> tuple[Params, Masks, StageInfo]:
-    steps = jax.tree.map(lambda w, mask: jnp.where(mask, 0, -w), params, new_masks)
-    if hessian is not None and method is not None:
-        steps = compensate(params, new_masks, hessian, method=method, gradient=gradient)
+    if steps is None:
+        steps = jax.tree.map(lambda w, mask: jnp.where(mask, 0, -w), params, new_masks)
+        if hessian is not None and method is not None:
+            steps = compensate(params, new_masks, hessian, method=method, gradient=gradient)
     finite = jax.tree.map(lambda step: jnp.all(jnp.isfinite(step)), steps)
     # A leaf whose update is lost stays as it is, mask and weights.
     updates = jax.tree.map(lambda ok, step: jnp.where(ok, step, 0), finite, steps)
@@ -194,6 +218,7 @@ def _move(
         damping=unknown if hessian is None else jnp.max(hessian.damping),
         raised=jnp.zeros((), jnp.int32) if hessian is None else hessian.raised,
         nonfinite=jnp.stack(jax.tree.leaves(broken)),
+        choice=choice,
     )
     return pruned, kept, info
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from woodjax.gradients import LossRow, batch_size, group_examples
 from woodjax.probe import check_loss
@@ -30,7 +30,7 @@ State = TypeVar("State")
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["params", "batch", "masks", "loss_row"],
+    data_fields=["params", "batch", "masks", "signs", "loss_row"],
     meta_fields=["microbatch_size", "examples_per_gradient", "precision"],
 )
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GradientStream:
     params: Params
     batch: Batch  # [n, ...]
     masks: Masks | None  # False: the coordinate is out of the problem
+    signs: Float[Array, "m s"] | None  # of the examples of a row; None averages them
     loss_row: LossRow  # loss and gradient of one row
     microbatch_size: int
     examples_per_gradient: int
@@ -57,8 +58,9 @@ class GradientStream:
 
     @property
     def rows(self) -> Batch:
-        """The examples, each row's group along the second axis where there are several in a row."""
-        return group_examples(self.batch, self.examples_per_gradient)
+        """The examples, each row's group along the second axis where there are several in a row, and their signs."""
+        groups = group_examples(self.batch, self.examples_per_gradient)
+        return groups if self.signs is None else (groups, self.signs)
 
     def precise(self) -> "GradientStream":
         """The same rows in at least float32, products of the model included.
@@ -179,6 +181,7 @@ def stream_gradients(
     masks: Masks | None = None,
     microbatch_size: int = 64,
     examples_per_gradient: int = 1,
+    signs: Key[Array, ""] | None = None,
     check: bool = True,
 ) -> GradientStream:
     """Per-example gradients for a curvature that does not need to hold them.
@@ -192,7 +195,10 @@ def stream_gradients(
         batch: Examples stacked along the first axis of every leaf, `[n, ...]`.
         masks: False takes a coordinate out of the problem: its gradient is zero.
         microbatch_size: Rows computed at once.
-        examples_per_gradient: Average this many consecutive examples into one row.
+        examples_per_gradient: Average this many consecutive examples `s` into one row.
+        signs: Add the examples of a row up with random signs, over `√s`, in place of averaging them: rows of as many
+            examples as there are in the pool, at the price of a few, whose Fisher is in expectation that of single
+            examples, to be damped like it. Their mean gradient is of no use.
         check: Look for dropout, train-mode batch normalisation and impure losses first.
 
     Returns:
@@ -224,8 +230,13 @@ def stream_gradients(
     if check:
         check_loss(loss_fn, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
     params, batch, masks = jax.tree.map(jnp.asarray, (params, batch, masks))  # once, not at every micro-batch
-    loss_row = LossRow(loss_fn, examples_per_gradient > 1)
-    return GradientStream(params, batch, masks, loss_row, microbatch_size, examples_per_gradient)
+    signed = signs is not None and examples_per_gradient > 1
+    drawn = None
+    if signed:
+        rows = batch_size(batch) // examples_per_gradient
+        drawn = jax.random.rademacher(signs, (rows, examples_per_gradient), jnp.float32)
+    loss_row = LossRow(loss_fn, examples_per_gradient > 1, signed)
+    return GradientStream(params, batch, masks, drawn, loss_row, microbatch_size, examples_per_gradient)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from woodjax.choices import FIXED
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
 from woodjax.masks import Scope, Sparsity
@@ -181,16 +182,16 @@ def refresh_masks(
     if loss_fn is None or batch is None:
         missing = "loss_fn" if loss_fn is None else "batch"
         raise ValueError(f"{missing} is None: curvature comes from a loss and examples. Without, pass curvature=None.")
+    chosen: Any = {**FIXED, "stages": recomputations, **options}
     pruned, masks, info = prune_one_shot(
         loss_fn,
         params,
         batch,
         sparsity,
         masks=masks,
-        stages=recomputations,
         measure_loss=measure_loss,
         on_broken="keep",
-        **options,
+        **chosen,
     )
     return pruned, masks, summary(masks, info, info.loss_before[0], info.loss_after[-1])
 

@@ -1,0 +1,147 @@
+"""Which update to take: candidates from one curvature, chosen by the loss on examples that it has not seen.
+
+A quadratic model says how the survivors should move, and examples that were held out say how far it can be trusted:
+how much damping, which rule, how long a step.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from woodjax.compensation import Method, compensate
+from woodjax.curvature import Curvature, LowRankFisher
+from woodjax.typing import Masks, Params, Updates
+
+
+class UpdateSearch(NamedTuple):
+    """The candidates."""
+
+    methods: tuple[Method, ...] = ("joint",)
+    damping_multiples: tuple[float, ...] = (1.0,)  # of the curvature's damping, for joint updates
+    steps: tuple[float, ...] = (1.0,)  # lengths of the survivors' move
+
+    @property
+    def is_fixed(self) -> bool:
+        """Is there only one candidate?"""
+        return len(self.methods) == len(self.damping_multiples) == len(self.steps) == 1
+
+    @property
+    def candidates(self) -> tuple[tuple[Method, float], ...]:
+        """Rules, each with the damping multiples that it is tried at."""
+        return tuple(
+            (method, multiple)
+            for method in self.methods
+            for multiple in (self.damping_multiples if method == "joint" else (1.0,))
+        )
+
+
+class UpdateChoice(NamedTuple):
+    """What was chosen, and the held-out losses that decided it."""
+
+    joint: Bool[Array, ""]  # else the sum of single-weight updates
+    damping_multiple: Float[Array, ""]
+    step: Float[Array, ""]
+    held_out_loss: Float[Array, ""]  # of the update that was taken; NaN where nothing was chosen
+    candidate_losses: Float[Array, " candidates"]  # of each rule and damping multiple at full step
+    step_losses: Float[Array, " steps"]  # of the best of them at each step length
+
+
+def choose_update(
+    params: Params,
+    masks: Masks,
+    curvature: Curvature,
+    gradient: Params | None,
+    search: UpdateSearch,
+    held_out_loss: Callable[[Params], Float[Array, ""]],
+) -> tuple[Updates, UpdateChoice]:
+    """Take the update with the lowest loss on held-out examples.
+
+    First the rule and the damping, at full step; then the step length of the best.
+
+    Args:
+        params: A params-tree.
+        masks: True = survives.
+        curvature: Stands for `H`. Only a `LowRankFisher` can answer at other dampings than its own; others are asked
+            at theirs.
+        gradient: Mean gradient of a network that is not at a minimum, or None.
+        search: The candidates.
+        held_out_loss: Mean loss of a network over examples that the curvature was not made from.
+
+    Returns:
+        The update, and what was chosen. A candidate whose loss is not finite is never chosen while another one's is.
+
+    Cost:
+        One Gram matrix and a factor for each multiple, one `compensate` for each other rule, and one forward pass over
+        the held-out examples for each candidate and each step.
+    """
+    if not isinstance(curvature, LowRankFisher):
+        search = search._replace(damping_multiples=(1.0,))
+    candidates = search.candidates
+    updates = _candidate_updates(params, masks, curvature, gradient, search=search)
+    numbers = range(len(candidates))
+    losses = jnp.stack([held_out_loss(_moved(params, _take(updates, number))) for number in numbers])
+    best = _lowest(losses)
+    update = _take(updates, best)
+    step_losses = jnp.stack([
+        losses[best] if t == 1 else held_out_loss(_moved(params, scale(update, masks, t))) for t in search.steps
+    ])
+    length = _lowest(step_losses)
+    step = jnp.array(search.steps)[length]
+    choice = UpdateChoice(
+        joint=jnp.array([method == "joint" for method, _ in candidates])[best],
+        damping_multiple=jnp.array([multiple for _, multiple in candidates])[best],
+        step=step,
+        held_out_loss=step_losses[length],
+        candidate_losses=losses,
+        step_losses=step_losses,
+    )
+    return scale(update, masks, step), choice
+
+
+def scale(update: Updates, masks: Masks, step: Float[Array, ""] | float) -> Updates:
+    """An update whose survivors go a part of the way; what is pruned goes all of it.
+
+    Args:
+        update: A params-tree of steps.
+        masks: True = survives.
+        step: Length of the survivors' move, 1 for the whole.
+
+    Returns:
+        A params-tree.
+    """
+    return jax.tree.map(lambda u, mask: jnp.where(mask, jnp.asarray(step, u.dtype) * u, u), update, masks)
+
+
+def _take(updates: Updates, number: Array | int) -> Updates:
+    return jax.tree.map(lambda u: u[number], updates)
+
+
+def _moved(params: Params, update: Updates) -> Params:
+    return jax.tree.map(jnp.add, params, update)
+
+
+def _lowest(losses: Float[Array, " n"]) -> Array:
+    return jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+
+
+def _updates_of(
+    params: Params, masks: Masks, curvature: Curvature, gradient: Params | None, search: UpdateSearch
+) -> Updates:
+    parts = []
+    for method in search.methods:
+        if method == "joint" and isinstance(curvature, LowRankFisher):
+            steps = curvature.compensate_at(params, masks, jnp.array(search.damping_multiples), gradient)
+            parts.append(jax.tree.map(lambda s, w, mask: jnp.where(mask, s.astype(w.dtype), -w), steps, params, masks))
+        else:
+            parts.append(_single(compensate(params, masks, curvature, method=method, gradient=gradient)))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _single(update: Updates) -> Updates:
+    return jax.tree.map(lambda u: u[None], update)
+
+
+_candidate_updates = jax.jit(_updates_of, static_argnames="search")
