@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import render_engines
 import render_gradual
+import render_inverse_quality
 import render_overhead
 from matplotlib.figure import Figure
 from records import read
@@ -19,7 +20,12 @@ from woodjax.plots import draw_accuracy
 from woodjax.report import Result
 
 Record = dict[str, Any]
-OTHERS = {"engines": render_engines, "gradual": render_gradual, "transform_overhead": render_overhead}
+OTHERS = {
+    "engines": render_engines,
+    "gradual": render_gradual,
+    "inverse_quality": render_inverse_quality,
+    "transform_overhead": render_overhead,
+}
 README = Path(__file__).parent.parent / "README.md"
 
 

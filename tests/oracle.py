@@ -80,3 +80,19 @@ def softmax_fisher(jacobian, probabilities):
     """Σ_c p_c ∇log p_c ∇log p_cᵀ of one example, from the Jacobian of its logits [C, d]."""
     centred = jacobian - probabilities @ jacobian
     return sum(p * np.outer(row, row) for p, row in zip(probabilities, centred, strict=True))
+
+
+def column_sweep(kernel, hessian, block_size, choose):
+    """SparseGPT: greedy OBS in the order of the inputs, each step with an explicit inverse of those still free.
+
+    `choose(first, scores [in, out]) -> pruned [in, out] or None`: the mask from row `first` on, where it is due.
+    """
+    w, pruned = np.array(kernel, np.float64), np.zeros(kernel.shape, bool)
+    for i in range(len(w)):
+        if i % block_size == 0:
+            scores = np.stack([w[j] ** 2 / np.linalg.inv(hessian[j:, j:])[0, 0] for j in range(len(w))])
+            pruned[i : i + block_size] = choose(i, scores[i : i + block_size])
+        inverse = np.linalg.inv(hessian[i:, i:])
+        for o in np.flatnonzero(pruned[i]):
+            w[i:, o] -= w[i, o] / inverse[0, 0] * inverse[:, 0]
+    return np.where(pruned, 0, w), ~pruned

@@ -6,6 +6,7 @@ pytree, each made by a pure function of the one before.
 
 from woodjax.batch_stats import reestimate_batch_stats
 from woodjax.choices import FIXED
+from woodjax.column_sweep import SweptKernel, column_sweep
 from woodjax.compensation import compensate
 from woodjax.criteria import magnitude_scores, obd_scores, obs_scores, woodtaylor_scores
 from woodjax.curvature import (
@@ -17,20 +18,26 @@ from woodjax.curvature import (
     DiagonalSums,
     Estimate,
     GradientRows,
+    KroneckerFisher,
+    LayerInputHessian,
     LowRankFisher,
     Relative,
     RowFisher,
     StreamedFisher,
     block_fisher,
+    diagonal_curvature,
     diagonal_fisher,
     empirical_fisher,
     estimate,
+    kronecker_fisher,
+    layer_input_hessian,
     low_rank_fisher,
     predicted_loss_change,
     row_fisher,
     streamed_fisher,
 )
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
+from woodjax.hessian import DiagonalEstimate, gauss_newton_diagonal, hutchinson_diagonal, hvp
 from woodjax.linalg import (
     DampedInverse,
     Whitener,
@@ -89,6 +96,7 @@ __all__ = [
     "BlockSums",
     "Curvature",
     "DampedInverse",
+    "DiagonalEstimate",
     "DiagonalFisher",
     "DiagonalSums",
     "Estimate",
@@ -96,6 +104,8 @@ __all__ = [
     "GradientRows",
     "GradientStream",
     "GradientWindow",
+    "KroneckerFisher",
+    "LayerInputHessian",
     "Layout",
     "LowRankFisher",
     "OneShotInfo",
@@ -107,6 +117,7 @@ __all__ = [
     "SparsityPath",
     "Stage",
     "StreamedFisher",
+    "SweptKernel",
     "UpdateChoice",
     "UpdateSearch",
     "Whitener",
@@ -115,9 +126,11 @@ __all__ = [
     "block_fisher",
     "check_loss",
     "choose_update",
+    "column_sweep",
     "compensate",
     "contract",
     "cubic_schedule",
+    "diagonal_curvature",
     "diagonal_fisher",
     "dual_inverse",
     "dual_inverse_diagonal",
@@ -127,14 +140,19 @@ __all__ = [
     "exponential_schedule",
     "find_state",
     "fisher_inverse",
+    "gauss_newton_diagonal",
     "get_info",
     "get_masks",
     "gradient_window",
     "gram",
+    "hutchinson_diagonal",
+    "hvp",
     "is_kernel",
     "joint_step_gram",
     "joint_step_inverse",
     "joint_steps_gram",
+    "kronecker_fisher",
+    "layer_input_hessian",
     "linear_schedule",
     "low_rank_fisher",
     "magnitude_scores",

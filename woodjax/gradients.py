@@ -117,7 +117,7 @@ def sampled_label_gradients(
         raise ValueError(f"samples is {samples}: pass at least 1.")
 
     keys = jax.random.split(key, batch_size(inputs))
-    _check_apply(apply_fn, params, inputs)
+    check_apply(apply_fn, params, inputs)
     return _merge_rows(_map_rows(_SampledRows(apply_fn, samples), params, (inputs, keys), microbatch_size))
 
 
@@ -149,8 +149,8 @@ def all_class_gradients(
         Martens 2014 (arXiv 1412.1193), section 9.
     """
     batch_size(inputs)
-    _check_apply(apply_fn, params, inputs)
-    return _merge_rows(_map_rows(_AllClassRows(apply_fn), params, inputs, microbatch_size))
+    check_apply(apply_fn, params, inputs)
+    return _merge_rows(_map_rows(AllClassRows(apply_fn), params, inputs, microbatch_size))
 
 
 def batch_size(batch: Batch) -> int:
@@ -257,12 +257,13 @@ class _SampledRows:
 
 
 @dataclass(frozen=True)
-class _AllClassRows:
+class AllClassRows:
     """Weighted gradients of one input at every class."""
 
     apply_fn: ApplyFn
 
     def __call__(self, params: Params, row: Batch) -> Gradients:
+        """A row for each class: their mean outer product is the exact Fisher of the input."""
         logits, pull_back = _logits(self.apply_fn, params, row)
         p, classes = jax.nn.softmax(logits), logits.shape[0]
         return pull_back(jnp.sqrt(classes * p)[:, None] * (p - jnp.eye(classes, dtype=logits.dtype)))
@@ -277,7 +278,17 @@ def _logits(apply_fn: ApplyFn, params: Params, example: Batch) -> tuple[Array, C
     return logits[0], jax.vmap(lambda direction: vjp(direction[None])[0])
 
 
-def _check_apply(apply_fn: ApplyFn, params: Params, inputs: Batch) -> None:
+def check_apply(apply_fn: ApplyFn, params: Params, inputs: Batch) -> None:
+    """Raise unless `apply_fn` is deterministic and in eval mode.
+
+    Args:
+        apply_fn: `apply_fn(params, inputs) -> logits`.
+        params: A params-tree.
+        inputs: `[n, ...]`.
+
+    Raises:
+        ValueError: As `check_loss`.
+    """
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
     check_loss(lambda p, e: jnp.sum(apply_fn(p, jax.tree.map(lambda x: x[None], e))), params, example)
 

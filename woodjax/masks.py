@@ -315,6 +315,22 @@ def _lowest_of_groups(leaves: list[Float[Array, "..."]], groups: list[Group]) ->
     return [pruned[i] for i in range(len(leaves))]
 
 
+def lowest(row: Float[Array, "r n"], counts: Int[Array, " r"]) -> Bool[Array, "r n"]:
+    """Mark exactly `counts[i]` smallest entries in each row, ties by index.
+
+    Args:
+        row: Numbers; NaN is not looked for.
+        counts: How many to mark.
+
+    Returns:
+        True on the lowest.
+
+    Cost:
+        One pass for each bit of a float.
+    """
+    return _lowest([row], [counts])[0]
+
+
 @jax.jit
 def _lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> list[Bool[Array, "r _"]]:
     """Mark exactly `counts[i]` smallest entries in each row, ties by index."""

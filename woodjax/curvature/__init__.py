@@ -2,8 +2,10 @@
 
 from woodjax.curvature.block_fisher import BlockFisher, BlockSums, block_fisher
 from woodjax.curvature.damping import Relative
-from woodjax.curvature.diagonal_fisher import DiagonalFisher, DiagonalSums, diagonal_fisher
+from woodjax.curvature.diagonal_fisher import DiagonalFisher, DiagonalSums, diagonal_curvature, diagonal_fisher
 from woodjax.curvature.engines import Estimate, empirical_fisher, estimate
+from woodjax.curvature.kronecker_fisher import KroneckerFisher, kronecker_fisher
+from woodjax.curvature.layer_input import LayerInputHessian, layer_input_hessian
 from woodjax.curvature.low_rank_fisher import GradientRows, LowRankFisher, low_rank_fisher
 from woodjax.curvature.protocol import Curvature, predicted_loss_change
 from woodjax.curvature.row_fisher import RowFisher, row_fisher
@@ -19,14 +21,19 @@ __all__ = [
     "DiagonalSums",
     "Estimate",
     "GradientRows",
+    "KroneckerFisher",
+    "LayerInputHessian",
     "LowRankFisher",
     "Relative",
     "RowFisher",
     "StreamedFisher",
     "block_fisher",
+    "diagonal_curvature",
     "diagonal_fisher",
     "empirical_fisher",
     "estimate",
+    "kronecker_fisher",
+    "layer_input_hessian",
     "low_rank_fisher",
     "predicted_loss_change",
     "row_fisher",

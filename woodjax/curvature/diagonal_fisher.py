@@ -1,11 +1,11 @@
-"""Diagonal empirical Fisher: the mean squared per-example gradient, plus damping.
+"""Diagonal curvatures: the mean squared per-example gradient, or any diagonal that is given, plus damping.
 
 Memory: `d`. Flops: `2md`.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,13 @@ from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
 from woodjax.typing import Gradients, Params, Select
 
+Negative = Literal["clip", "absolute"]
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["blocks", "damping"], meta_fields=["layout"])
 @dataclass(frozen=True)
 class DiagonalFisher(Blocked):
-    """Diagonal `h = λ + mean g²` as one row `[1, d]`. Made by `diagonal_fisher`."""
+    """Diagonal `h`, damping included, as one row `[1, d]`. Made by `diagonal_fisher` or `diagonal_curvature`."""
 
     blocks: Float[Array, "nb b"]
     damping: Float[Array, " nb"]
@@ -183,3 +185,50 @@ def diagonal_fisher(
     check_damping(damping)
     layout = layout_of(gradients, block_size=None, select=select, batch_axes=batch_axes)
     return sum_up(gradients, partial(DiagonalSums.empty, layout, wide_dtype(gradients)), damping)
+
+
+def diagonal_curvature(
+    diagonal: Params,
+    *,
+    damping: Damping = ONE_PERCENT,
+    negative: Negative = "clip",
+    select: Select = is_kernel,
+    batch_axes: int = 0,
+) -> DiagonalFisher:
+    """Curvature from a diagonal that is known already, such as that of the Hessian.
+
+    Args:
+        diagonal: A params-tree: `gauss_newton_diagonal`, or `hutchinson_diagonal(...).diagonal`.
+        damping: `λ`, added to every entry: a positive number in the units of the diagonal, or `Relative(alpha)`.
+        negative: What a negative entry becomes. `"clip"`: zero, the nearest diagonal without negative curvature;
+            right where it is noise, as it must be in a network of ReLUs. `"absolute"`: its absolute value,
+            which takes strong negative curvature for strong curvature, as saddle-free Newton methods do.
+        select: Which leaves are prunable, asked as `select(path, leaf)`.
+        batch_axes: Leading axes that stack layers.
+
+    Returns:
+        A curvature. An entry that is not finite scores NaN.
+
+    Raises:
+        ValueError: Damping not positive, or `"auto"`; unknown `negative`; as `make_layout`.
+
+    Cost:
+        Memory `d`.
+
+    References:
+        LeCun, Denker & Solla, Optimal Brain Damage, 1989; `"absolute"`: Dauphin et al. 2014 (arXiv 1406.2572).
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> curvature = wj.diagonal_curvature({"w": jnp.array([[3.0, -2.0]])}, damping=1.0)
+        >>> curvature.diagonal()["w"].tolist()
+        [[4.0, 1.0]]
+    """
+    if negative not in ("clip", "absolute"):
+        raise ValueError(f"negative is {negative!r}: choose 'clip' or 'absolute'.")
+    rule, number = split_damping(damping)
+    layout = make_layout(diagonal, select=select, batch_axes=batch_axes)
+    blocks = layout.to_blocks(diagonal)
+    blocks = jnp.abs(blocks) if negative == "absolute" else jnp.maximum(blocks, 0)
+    used = jnp.asarray(resolve_damping(rule, number, lambda: blocks), blocks.dtype)
+    return DiagonalFisher(layout, blocks + used, jnp.full(1, used))
