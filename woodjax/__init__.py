@@ -29,6 +29,7 @@ from woodjax.curvature import (
     row_fisher,
     streamed_fisher,
 )
+from woodjax.exact_obs import ExactObsInfo, exact_obs
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
 from woodjax.linalg import (
     DampedInverse,
@@ -47,6 +48,7 @@ from woodjax.linalg import (
     woodbury_scan,
     woodbury_scan_rank_k,
 )
+from woodjax.mask_search import SearchInfo, search_masks
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.probe import check_loss
@@ -88,6 +90,7 @@ __all__ = [
     "DiagonalFisher",
     "DiagonalSums",
     "Estimate",
+    "ExactObsInfo",
     "ExactSparsity",
     "GradientRows",
     "GradientStream",
@@ -100,6 +103,7 @@ __all__ = [
     "Relative",
     "RowFisher",
     "Schedule",
+    "SearchInfo",
     "SparsityPath",
     "Stage",
     "StreamedFisher",
@@ -117,6 +121,7 @@ __all__ = [
     "dual_solve",
     "empirical_fisher",
     "estimate",
+    "exact_obs",
     "exponential_schedule",
     "find_state",
     "fisher_inverse",
@@ -151,6 +156,7 @@ __all__ = [
     "row_fisher",
     "sampled_label_gradients",
     "schedule_of",
+    "search_masks",
     "set_masks",
     "sparsity_path",
     "stage_sparsities",
