@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from woodjax.curvature import LowRankFisher
-from woodjax.moves import Quadratic, better, hard_threshold, swap_in_rounds
+from woodjax.moves import Quadratic, hard_threshold, try_in_rounds
 from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Params
 
@@ -34,7 +34,7 @@ def search_masks(
     curvature: LowRankFisher,
     *,
     gradient: Params | None = None,
-    iterations: int = 30,
+    iterations: int = 20,
     swaps: int = 20,
     previous: Masks | None = None,
     protected: Masks | None = None,
@@ -136,17 +136,9 @@ def _search(
         allowed & ~fixed,
     )
     start = (layout.to_blocks(masks) & allowed) | fixed
-    support = problem.solve(start)
-    first = jnp.sum(support.value)
-    kept, thresholded = start, jnp.zeros((), jnp.int32)
-    if iterations:
-        trial, thresholded = hard_threshold(problem, start, iterations)
-        kept, support = better(problem, trial, start, support)
-    second = jnp.sum(support.value)
-    history, accepted = jnp.zeros(0, second.dtype), jnp.zeros(0, jnp.int32)
-    if swaps:
-        kept, history, accepted = swap_in_rounds(problem, kept, support, swaps)
-    found = layout.to_tree(kept, fill=True)
+    trial, taken = hard_threshold(problem, start, iterations) if iterations else (None, jnp.zeros((), jnp.int32))
+    end = try_in_rounds(problem, start, trial, swaps)
+    found = layout.to_tree(end.kept, fill=True)
     found = jax.tree.unflatten(
         layout.treedef,
         [
@@ -154,5 +146,4 @@ def _search(
             for spec, new, old in zip(layout.leaves, jax.tree.leaves(found), layout.flatten(masks), strict=True)
         ],
     )
-    moved = jnp.sum(kept & ~start)
-    return found, SearchInfo(jnp.concatenate([jnp.stack([first, second]), history]), accepted, thresholded, moved)
+    return found, SearchInfo(end.values, end.accepted[2:], taken, jnp.sum(end.kept & ~start))
