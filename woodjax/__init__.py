@@ -31,6 +31,7 @@ from woodjax.curvature import (
 )
 from woodjax.exact_obs import ExactObsInfo, exact_obs
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
+from woodjax.guarantee import GuaranteeInfo, prune_to_loss, split_batch
 from woodjax.linalg import (
     DampedInverse,
     Whitener,
@@ -51,6 +52,7 @@ from woodjax.linalg import (
 from woodjax.mask_search import SearchInfo, search_masks
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
+from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.probe import check_loss
 from woodjax.schedules import (
     Schedule,
@@ -95,6 +97,7 @@ __all__ = [
     "GradientRows",
     "GradientStream",
     "GradientWindow",
+    "GuaranteeInfo",
     "Layout",
     "LowRankFisher",
     "OneShotInfo",
@@ -110,6 +113,7 @@ __all__ = [
     "Whitener",
     "all_class_gradients",
     "apply_masks",
+    "betting_p_value",
     "block_fisher",
     "check_loss",
     "compensate",
@@ -129,6 +133,7 @@ __all__ = [
     "get_masks",
     "gradient_window",
     "gram",
+    "hoeffding_bentkus_p_value",
     "is_kernel",
     "joint_step_gram",
     "joint_step_inverse",
@@ -149,6 +154,7 @@ __all__ = [
     "primal_inverse",
     "prune_count",
     "prune_one_shot",
+    "prune_to_loss",
     "prune_transform",
     "reestimate_batch_stats",
     "refresh",
@@ -159,6 +165,7 @@ __all__ = [
     "search_masks",
     "set_masks",
     "sparsity_path",
+    "split_batch",
     "stage_sparsities",
     "stream_gradients",
     "streamed_fisher",
