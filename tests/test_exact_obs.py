@@ -54,6 +54,21 @@ def test_order_and_losses_are_those_of_explicit_inverses(seed):
     np.testing.assert_allclose(np.sum(losses), everything, rtol=1e-3)
 
 
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_trace_in_mixed_precision():
+    inverse, weights = jax.ShapeDtypeStruct((3, 3), "float32"), jax.ShapeDtypeStruct((3,), "float64")
+    order, losses = jax.eval_shape(linalg.greedy_trace, inverse, weights, jax.ShapeDtypeStruct((3,), "int32"))
+    assert order.shape == (3,)
+    assert losses.dtype == "float64"
+
+
 @given(seed=st.integers(0, 10**6), sparsity=st.floats(0, 1))
 @settings(max_examples=15)
 def test_one_cut_through_all_blocks(seed, sparsity):

@@ -178,6 +178,25 @@ def test_many_swaps_at_once_on_a_larger_problem():
     assert (np.diff(info.quadratic) <= 0).all()
 
 
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
+def test_types_agree_where_float64_is_switched_on(dtype):
+    """Traced, not compiled."""
+    gradients, params = jax.tree.map(np.array, problem(0))
+    masks = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    params = jax.tree.map(lambda w: jnp.asarray(w, dtype), params)
+    fisher = wj.low_rank_fisher(jax.tree.map(jnp.asarray, gradients), damping=DAMPING, block_size=4)
+    _, info = jax.eval_shape(wj.search_masks, params, masks, fisher)
+    assert info.quadratic.dtype == jnp.promote_types(dtype, jnp.float32)
+
+
 def test_what_is_not_finite_changes_nothing():
     gradients, params = problem(0)
     gradients["w"][0, 0, 0] = np.nan

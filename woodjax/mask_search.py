@@ -127,11 +127,12 @@ def _search(
 ) -> tuple[Masks, SearchInfo]:
     layout = curvature.layout
     allowed, fixed = layout.to_blocks(previous), layout.to_blocks(protected)  # padding is neither
+    dtype = jnp.result_type(curvature.gradients, layout.to_blocks(params))
     problem = Quadratic(
         curvature.gradients,
         curvature.damping,
-        layout.to_blocks(params),
-        None if gradient is None else layout.to_blocks(gradient),
+        layout.to_blocks(params).astype(dtype),
+        None if gradient is None else layout.to_blocks(gradient).astype(dtype),
         fixed,
         allowed & ~fixed,
     )

@@ -1,6 +1,6 @@
 """Moves from one support to a better one of the same size, on the quadratic model of a low-rank Fisher."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def hard_threshold(
     problem: Quadratic, start: Bool[Array, "nb b"], iterations: int
 ) -> tuple[Bool[Array, "nb b"], Int[Array, ""]]:
     """Gradient step, then the largest weights; the step is doubled for as long as the quadratic falls."""
-    count = jnp.sum(start)
+    count = jnp.sum(start, dtype=jnp.int32)
     shortest = 1 / (LIPSCHITZ_MARGIN * _largest_eigenvalue(problem))
 
     def threshold(blocks: Array) -> tuple[Array, Array]:
@@ -107,7 +107,7 @@ def _largest_eigenvalue(problem: Quadratic) -> Float[Array, ""]:
         unit = vector / jnp.where(norm > 0, norm, 1)
         return linalg.contract("mnb,nb->mn", problem.gradients, problem.fisher_half(unit))
 
-    vector = lax.fori_loop(0, 20, turn, jnp.ones((problem.gradients.shape[0], len(problem.damping)), jnp.float32))
+    vector = lax.fori_loop(0, 20, turn, jnp.ones(problem.gradients.shape[:2], problem.weights.dtype))
     return jnp.max(problem.damping + jnp.sqrt(linalg.contract("mn,mn->n", vector, vector)))
 
 
@@ -143,7 +143,7 @@ def try_in_rounds(
         For each round `1.25m²k + 2m³/3 + 8m·d` flops for `k` survivors, and `1.25m²d` where the quadratic fell.
     """
     first = 0 if thresholded is not None else 1  # one program holds one factorisation: it compiles in half the time
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(problem.solve, start))
+    zeros = _zeros_like(jax.eval_shape(problem.solve, start))
     size = jnp.asarray(start.size, jnp.int32)
 
     def turn(state: Rounds) -> Rounds:
@@ -176,7 +176,7 @@ def try_in_rounds(
     begin = Rounds(
         kept=start,
         support=zeros,
-        scales=jnp.ones(start.shape, zeros.pull.dtype),
+        scales=_zeros_like(jax.eval_shape(problem.scales, start, zeros)),
         proposal=start,
         pairs=size,
         limit=size,
@@ -190,11 +190,14 @@ def try_in_rounds(
     return last._replace(values=values.at[0].set(values[first]))
 
 
+def _zeros_like(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+
+
 def _propose(problem: Quadratic, state: Rounds) -> tuple[Bool[Array, "nb b"], Int[Array, ""]]:
     """Exchange the cheapest survivors for the best pruned weights: by single prices while many, by pairs when few."""
     costs = 0.5 * _damping_used(state.support) * state.support.pull**2 / state.scales
-
-    most = jnp.sum(problem.best(costs, jnp.sum(state.kept)) & ~state.kept)
+    most = jnp.sum(problem.best(costs, jnp.sum(state.kept)) & ~state.kept, dtype=jnp.int32)
 
     def many() -> tuple[Array, Array]:
         pairs = jnp.minimum(state.limit, most)

@@ -31,6 +31,8 @@ def greedy_trace(
         Frantar & Alistarh, OBC, 2022 (arXiv 2208.11580), algorithm 1 and lemma 1.
     """
     b = weights.shape[0]
+    dtype = jnp.result_type(inverse, weights)
+    inverse, weights = inverse.astype(dtype), weights.astype(dtype)
     least = jnp.finfo(inverse.dtype).eps * jnp.diagonal(inverse)
 
     def remove(state: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
