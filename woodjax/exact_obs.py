@@ -58,7 +58,7 @@ def exact_obs(
         inverse of each block in work, and `8d` bytes for the trace.
 
     References:
-        Frantar & Alistarh, OBC, 2022 (arXiv 2208.11580), algorithm 1 (ExactOBS) and section 4 (global trace);
+        Frantar & Alistarh, OBC, 2022 (arXiv 2208.11580), algorithm 1 (ExactOBS) and its global trace;
         Kuznedelev et al., CAP, 2022 (arXiv 2210.09223), for Fisher blocks.
 
     Example:

@@ -101,8 +101,8 @@ def prune_to_loss(
         after the first that fails.
 
     References:
-        Angelopoulos et al., Learn then Test, 2021 (arXiv 2110.01052), section 2 (fixed-sequence testing);
-        Waudby-Smith & Ramdas, 2020 (arXiv 2010.09686), section 4 (betting).
+        Angelopoulos et al., Learn then Test, 2021 (arXiv 2110.01052), fixed-sequence testing;
+        Waudby-Smith & Ramdas, 2020 (arXiv 2010.09686), betting.
 
     Example:
         >>> import jax, jax.numpy as jnp, woodjax as wj

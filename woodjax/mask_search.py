@@ -73,7 +73,7 @@ def search_masks(
 
     References:
         Benbaki et al., CHITA, 2023 (arXiv 2302.14623), section 3; Yu et al., the combinatorial brain surgeon,
-        2022 (arXiv 2203.04466), section 4, for swaps.
+        2022 (arXiv 2203.04466), for swaps.
 
     Example:
         >>> import jax.numpy as jnp, woodjax as wj

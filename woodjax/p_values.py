@@ -33,7 +33,7 @@ def betting_p_value(values: Float[np.ndarray, " n"], mean: float, level: float =
 
     References:
         Waudby-Smith & Ramdas, Estimating means of bounded random variables by betting, 2020 (arXiv 2010.09686),
-        section 4.1, the one-sided capital process with predictable plug-in bets (equation 26).
+        the one-sided capital process with predictable plug-in bets.
 
     Example:
         >>> import numpy as np, woodjax as wj
@@ -70,7 +70,7 @@ def hoeffding_bentkus_p_value(values: Float[np.ndarray, " n"], mean: float) -> f
         One pass over the observations.
 
     References:
-        Angelopoulos et al., Learn then Test, 2021 (arXiv 2110.01052), proposition 3.
+        Angelopoulos et al., Learn then Test, 2021 (arXiv 2110.01052), Hoeffding–Bentkus p-values.
 
     Example:
         >>> import numpy as np, woodjax as wj
