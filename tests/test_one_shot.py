@@ -20,6 +20,7 @@ from woodjax.adapters.losses import cross_entropy
 KEY = jax.random.key(0)
 BLOCKS = partial(wj.block_fisher, block_size=8, damping=1e-3)
 WHOLE = partial(wj.low_rank_fisher, damping=1e-3)
+prune = partial(wj.prune_one_shot, **wj.FIXED)  # nothing left to choose; test_choices has the rest
 
 
 def data(n=64):
@@ -75,7 +76,7 @@ def trained(make=dict_network):
 @pytest.mark.parametrize("curvature", [BLOCKS, WHOLE], ids=["blocks", "whole"])
 def test_any_tree_goes_through(make, curvature):
     loss_fn, params, _ = trained(make)
-    pruned, masks, info = wj.prune_one_shot(loss_fn, params, data(), 0.5, stages=2, curvature=curvature)
+    pruned, masks, info = prune(loss_fn, params, data(), 0.5, stages=2, curvature=curvature)
     assert jax.tree.structure(pruned) == jax.tree.structure(masks) == jax.tree.structure(params)
     leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(pruned), jax.tree.leaves(masks), strict=True))
     for before, after, mask in leaves:
@@ -96,7 +97,7 @@ def test_second_order_beats_magnitude_and_stages_help():
     masks = wj.make_masks(wj.magnitude_scores(params), 0.7)
     losses["magnitude"] = float(mean_loss(wj.apply_masks(params, masks), data()))
     for name, stages in (("one stage", 1), ("staged", 8)):
-        pruned, _, info = wj.prune_one_shot(loss_fn, params, data(), 0.7, stages=stages, curvature=WHOLE)
+        pruned, _, info = prune(loss_fn, params, data(), 0.7, stages=stages, curvature=WHOLE)
         losses[name] = float(mean_loss(pruned, data()))
         np.testing.assert_allclose(info.loss_after[-1], losses[name], rtol=1e-4)
     assert 2 * losses["staged"] < losses["one stage"] < 0.9 * losses["magnitude"]
@@ -104,7 +105,7 @@ def test_second_order_beats_magnitude_and_stages_help():
 
 def test_stages_are_the_steps_written_out():
     loss_fn, params, _ = trained()
-    pruned, masks, info = wj.prune_one_shot(
+    pruned, masks, info = prune(
         loss_fn, params, data(), 0.75, stages=2, examples_per_stage=20, curvature=BLOCKS, method="sum"
     )
     ours, kept = params, jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
@@ -124,13 +125,13 @@ def test_stages_are_the_steps_written_out():
 
 def test_masks_only():
     loss_fn, params, _ = trained()
-    pruned, masks, _ = wj.prune_one_shot(loss_fn, params, data(), 0.5, curvature=WHOLE, method=None)
+    pruned, masks, _ = prune(loss_fn, params, data(), 0.5, curvature=WHOLE, method=None)
     chex.assert_trees_all_equal(pruned, wj.apply_masks(params, masks))
 
 
 def test_the_same_under_jit():
     loss_fn, params, _ = trained()
-    run = partial(wj.prune_one_shot, loss_fn, curvature=WHOLE)
+    run = partial(prune, loss_fn, curvature=WHOLE)
     eager, jitted = run(params, data(), 0.5), jax.jit(run)(params, data(), 0.5)
     chex.assert_trees_all_equal(eager[1], jitted[1])
     chex.assert_trees_all_close(eager[0], jitted[0], rtol=1e-3, atol=1e-4)
@@ -138,7 +139,7 @@ def test_the_same_under_jit():
 
 def test_key_decides_which_examples():
     loss_fn, params, _ = trained()
-    run = partial(wj.prune_one_shot, loss_fn, params, data(), 0.5, examples_per_stage=8, curvature=WHOLE)
+    run = partial(prune, loss_fn, params, data(), 0.5, examples_per_stage=8, curvature=WHOLE)
     losses = [float(run(key=key)[2].loss_before[0]) for key in (None, KEY, KEY, jax.random.key(1))]
     assert losses[1] == losses[2]
     assert len(set(losses)) == 3
@@ -146,10 +147,10 @@ def test_key_decides_which_examples():
 
 def test_earlier_masks_are_kept_and_scopes_mapped():
     loss_fn, params, _ = trained()
-    first = wj.prune_one_shot(loss_fn, params, data(), {"out": 0.5}, scope="leaf", curvature=WHOLE)
+    first = prune(loss_fn, params, data(), {"out": 0.5}, scope="leaf", curvature=WHOLE)
     assert int((~first[1]["out"]).sum()) == 9
     assert first[1]["fc1"]["kernel"].all()
-    again = wj.prune_one_shot(loss_fn, first[0], data(), 0.6, stages=2, masks=first[1], scope="leaf", curvature=WHOLE)
+    again = prune(loss_fn, first[0], data(), 0.6, stages=2, masks=first[1], scope="leaf", curvature=WHOLE)
     assert not (np.asarray(again[1]["out"]) & ~np.asarray(first[1]["out"])).any()
     assert int((~again[1]["out"]).sum()) == 11
 
@@ -157,7 +158,7 @@ def test_earlier_masks_are_kept_and_scopes_mapped():
 def test_on_stage_sees_every_stage():
     loss_fn, params, _ = trained()
     seen = []
-    pruned, _, info = wj.prune_one_shot(loss_fn, params, data(), 0.75, stages=2, curvature=WHOLE, on_stage=seen.append)
+    pruned, _, info = prune(loss_fn, params, data(), 0.75, stages=2, curvature=WHOLE, on_stage=seen.append)
     assert [float(stage.info.sparsity) for stage in seen] == info.sparsity.tolist()
     chex.assert_trees_all_equal(seen[-1].params, pruned)
 
@@ -165,7 +166,7 @@ def test_on_stage_sees_every_stage():
 def test_bfloat16_parameters():
     loss_fn, params, _ = trained()
     small = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-    pruned, masks, _ = wj.prune_one_shot(loss_fn, small, data(), 0.5, curvature=BLOCKS)
+    pruned, masks, _ = prune(loss_fn, small, data(), 0.5, curvature=BLOCKS)
     assert pruned["out"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(pruned["out"] != 0, masks["out"])
 
@@ -175,7 +176,7 @@ def test_nan_is_named_outside_jit_and_counted_inside():
     inputs, labels = data()
     inputs = inputs.copy()
     inputs[0, 0] = np.nan
-    run = partial(wj.prune_one_shot, loss_fn, params, sparsity=0.5, curvature=wj.diagonal_fisher)
+    run = partial(prune, loss_fn, params, sparsity=0.5, curvature=wj.diagonal_fisher)
     with pytest.raises(ValueError, match=r"Scores of leaf 'fc1/kernel' hold 6 NaN or -inf of 30"):
         run((inputs, labels))
     pruned, masks, info = jax.jit(lambda batch: run(batch))((inputs, labels))
@@ -187,9 +188,7 @@ def test_nan_is_named_outside_jit_and_counted_inside():
 def test_gradients_too_large_to_square_are_not_taken_for_protection():
     loss_fn, params, _ = trained()
     with pytest.raises(ValueError, match=r"Scores of leaf .* hold .* NaN"):
-        wj.prune_one_shot(
-            lambda p, x: 1e25 * loss_fn(p, x), params, data(), 1.0, curvature=wj.diagonal_fisher, method=None
-        )
+        prune(lambda p, x: 1e25 * loss_fn(p, x), params, data(), 1.0, curvature=wj.diagonal_fisher, method=None)
 
 
 def spoiled(gradients):
@@ -212,7 +211,7 @@ class Spoiled:
 
 def test_a_leaf_with_lost_updates_stays_as_it_is():
     loss_fn, params, _ = trained()
-    run = partial(wj.prune_one_shot, loss_fn, params, sparsity=0.5, curvature=spoiled)
+    run = partial(prune, loss_fn, params, sparsity=0.5, curvature=spoiled)
     with pytest.raises(ValueError, match=r"Stage 1 of 1: updates of \['out'\] are not finite"):
         run(data())
     pruned, masks, info = jax.jit(lambda batch: run(batch))(data())
@@ -227,19 +226,19 @@ def test_counts_are_those_of_make_masks(sparsity):
     """15 weights, where float32 rounds 0.3 · 15 and 0.9 · 15 the other way."""
     params = {"w": jax.random.normal(KEY, (5, 3))}
     loss_fn = cross_entropy(lambda p, x: x @ p["w"])
-    _, masks, _ = wj.prune_one_shot(loss_fn, params, data(), sparsity, curvature=WHOLE)
+    _, masks, _ = prune(loss_fn, params, data(), sparsity, curvature=WHOLE)
     assert int((~masks["w"]).sum()) == int(wj.prune_count(sparsity, 15))
 
 
 def test_the_last_pattern_of_a_mapping_holds():
     loss_fn, params, _ = trained()
-    _, masks, _ = wj.prune_one_shot(loss_fn, params, data(), {"o*": 0.5, "*": 0.0}, scope="leaf", curvature=WHOLE)
+    _, masks, _ = prune(loss_fn, params, data(), {"o*": 0.5, "*": 0.0}, scope="leaf", curvature=WHOLE)
     assert masks["out"].all()
 
 
 def test_means_of_examples_make_another_fisher():
     loss_fn, params, _ = trained()
-    run = partial(wj.prune_one_shot, loss_fn, params, data(), 0.5, curvature=WHOLE)
+    run = partial(prune, loss_fn, params, data(), 0.5, curvature=WHOLE)
     grouped = run(examples_per_gradient=4)
     fisher = WHOLE(wj.per_example_gradients(loss_fn, params, data(), examples_per_gradient=4))
     masks = wj.make_masks(wj.obs_scores(params, fisher), 0.5)
@@ -249,7 +248,7 @@ def test_means_of_examples_make_another_fisher():
 
 def test_path_and_damping_are_reported():
     loss_fn, params, _ = trained()
-    _, _, info = wj.prune_one_shot(loss_fn, params, data(), 0.75, stages=3, path="cubic", curvature=WHOLE)
+    _, _, info = prune(loss_fn, params, data(), 0.75, stages=3, path="cubic", curvature=WHOLE)
     np.testing.assert_allclose(info.sparsity, wj.stage_sparsities(0.75, 3, path="cubic"), atol=0.5 / 48)
     np.testing.assert_allclose(info.damping, 1e-3, rtol=1e-6)
 
@@ -258,9 +257,7 @@ def test_stacked_layers_are_leaves():
     params = {"w": jax.random.normal(KEY, (2, 5, 5)), "out": jax.random.normal(KEY, (1, 5, 3))}
     apply_fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p["w"][0]) @ p["w"][1]) @ p["out"][0]
     curvature = partial(wj.diagonal_fisher, batch_axes=1)
-    _, masks, _ = wj.prune_one_shot(
-        cross_entropy(apply_fn), params, data(), 0.4, scope="leaf", batch_axes=1, curvature=curvature
-    )
+    _, masks, _ = prune(cross_entropy(apply_fn), params, data(), 0.4, scope="leaf", batch_axes=1, curvature=curvature)
     assert (~masks["w"]).sum((1, 2)).tolist() == [10, 10]
 
 
@@ -268,19 +265,19 @@ def test_check_can_be_turned_off():
     loss_fn, params, _ = trained()
     noisy = lambda p, x: loss_fn(p, x) + 0 * jax.random.normal(KEY)
     with pytest.raises(ValueError, match="draws random numbers"):
-        wj.prune_one_shot(noisy, params, data(), 0.5, curvature=WHOLE)
-    wj.prune_one_shot(noisy, params, data(), 0.5, curvature=WHOLE, check=False)
+        prune(noisy, params, data(), 0.5, curvature=WHOLE)
+    prune(noisy, params, data(), 0.5, curvature=WHOLE, check=False)
 
 
 def test_a_model_that_is_not_partitioned_is_refused():
     with pytest.raises(ValueError, match=r"activation' is custom_jvp: only floating arrays .* eqx.partition"):
-        wj.prune_one_shot(lambda p, x: 0.0, eqx.nn.MLP(5, 3, 6, 1, key=KEY), data(), 0.5)
+        prune(lambda p, x: 0.0, eqx.nn.MLP(5, 3, 6, 1, key=KEY), data(), 0.5)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_traced_sparsity(stages):
     loss_fn, params, _ = trained()
-    run = partial(wj.prune_one_shot, loss_fn, params, data(), curvature=WHOLE, stages=stages)
+    run = partial(prune, loss_fn, params, data(), curvature=WHOLE, stages=stages)
     traced = jax.jit(lambda s: run(s)[::2])(jnp.float32(0.5))
     eager = run(0.5)
     chex.assert_trees_all_close(traced[0], eager[0], rtol=1e-3, atol=1e-4)
@@ -289,8 +286,8 @@ def test_traced_sparsity(stages):
 
 def test_stages_begin_at_the_masks_that_are_there():
     loss_fn, params, _ = trained()
-    params, masks, _ = wj.prune_one_shot(loss_fn, params, data(), 0.5, curvature=WHOLE)
-    again = partial(wj.prune_one_shot, loss_fn, params, data(), masks=masks, stages=2, curvature=WHOLE)
+    params, masks, _ = prune(loss_fn, params, data(), 0.5, curvature=WHOLE)
+    again = partial(prune, loss_fn, params, data(), masks=masks, stages=2, curvature=WHOLE)
     np.testing.assert_allclose(again(0.875)[2].sparsity, [0.75, 0.875])
     leaves = again({"out": 0.9, "fc1/kernel": 0.8}, scope="leaf")[1]
     assert int((~leaves["out"]).sum()) == 16
@@ -299,7 +296,7 @@ def test_stages_begin_at_the_masks_that_are_there():
 
 def test_magnitude_sees_no_data_and_moves_nothing():
     loss_fn, params, _ = trained()
-    pruned, masks, info = wj.prune_one_shot(loss_fn, params, data(), 0.5, stages=2, curvature=None)
+    pruned, masks, info = prune(loss_fn, params, data(), 0.5, stages=2, curvature=None)
     expected = wj.make_masks(wj.magnitude_scores(params), 0.5)
     chex.assert_trees_all_equal(masks, expected)
     chex.assert_trees_all_equal(pruned, wj.apply_masks(params, expected))
@@ -310,7 +307,7 @@ def test_magnitude_sees_no_data_and_moves_nothing():
 def test_first_order_is_woodtaylor():
     loss_fn, params, _ = trained()
     options = {"curvature": partial(wj.low_rank_fisher, damping=1.0), "first_order": True}
-    ours = [wj.prune_one_shot(loss_fn, params, data(), 0.5, stream=stream, **options) for stream in (False, True)]
+    ours = [prune(loss_fn, params, data(), 0.5, stream=stream, **options) for stream in (False, True)]
     gradients = wj.per_example_gradients(loss_fn, params, data())
     mean = jax.tree.map(lambda g: g.mean(0), gradients)
     fisher = wj.low_rank_fisher(gradients, damping=1.0)
@@ -327,7 +324,7 @@ def test_broken_leaves_can_be_kept_outside_jit_too():
     loss_fn, params, _ = trained()
     inputs, labels = data()
     inputs[0, 0] = np.nan
-    pruned, masks, info = wj.prune_one_shot(
+    pruned, masks, info = prune(
         loss_fn, params, (inputs, labels), 0.5, curvature=wj.diagonal_fisher, on_broken="keep", measure_loss=False
     )
     assert info.nonfinite.any()
@@ -352,7 +349,7 @@ def test_bad_requests(options, message):
     loss_fn, params, _ = trained()
     arguments = {"batch": data(), "sparsity": 0.5, **options}
     with pytest.raises(ValueError, match=message):
-        wj.prune_one_shot(loss_fn, params, **arguments)
+        prune(loss_fn, params, **arguments)
 
 
 @pytest.mark.parametrize("path", ["exponential", "cubic"])
@@ -379,10 +376,8 @@ def test_exponential_keeps_a_constant_fraction_and_cubic_is_zhu_and_gupta():
 def test_a_stream_prunes_as_held_gradients_do(curvature):
     loss_fn, params, _ = trained()
     options = {"stages": 3, "microbatch_size": 24, "examples_per_stage": 40}
-    held = wj.prune_one_shot(
-        loss_fn, params, data(), 0.6, curvature=BLOCKS if curvature is BLOCKS else WHOLE, **options
-    )
-    ours = wj.prune_one_shot(loss_fn, params, data(), 0.6, curvature=curvature, stream=True, **options)
+    held = prune(loss_fn, params, data(), 0.6, curvature=BLOCKS if curvature is BLOCKS else WHOLE, **options)
+    ours = prune(loss_fn, params, data(), 0.6, curvature=curvature, stream=True, **options)
     chex.assert_trees_all_equal(ours[1], held[1])
     chex.assert_trees_all_close(ours[0], held[0], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(ours[2].predicted_loss_change, held[2].predicted_loss_change, rtol=1e-2)
@@ -392,7 +387,7 @@ def test_raised_blocks_are_reported():
     loss_fn, params, _ = trained()
     rows = np.tile(data(4)[0], (16, 1)), np.tile(data(4)[1], 16)  # four examples, again and again: singular
     tiny = partial(wj.low_rank_fisher, damping=1e-12)
-    _, _, info = wj.prune_one_shot(loss_fn, params, rows, 0.3, curvature=tiny)
+    _, _, info = prune(loss_fn, params, rows, 0.3, curvature=tiny)
     assert info.raised.tolist() == [1]
     assert float(info.damping[0]) > 5e-12
-    assert wj.prune_one_shot(loss_fn, params, rows, 0.3, curvature=WHOLE)[2].raised.tolist() == [0]
+    assert prune(loss_fn, params, rows, 0.3, curvature=WHOLE)[2].raised.tolist() == [0]

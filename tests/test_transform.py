@@ -120,7 +120,7 @@ def test_refresh_is_prune_one_shot_between_two_steps():
     tx = wj.prune_transform(optax.adamw(1e-2))
     params, state = run(tx, 4)
     pruned, after, info = REFRESH(params, state, DATA, 0.75, measure_loss=True)
-    expected, masks, one_shot = wj.prune_one_shot(loss_fn, params, DATA, 0.75)
+    expected, masks, one_shot = wj.prune_one_shot(loss_fn, params, DATA, 0.75, **wj.FIXED)
     chex.assert_trees_all_equal(pruned, expected)
     chex.assert_trees_all_equal(wj.get_masks(after), masks)
     chex.assert_trees_all_equal(wj.get_info(after), info)

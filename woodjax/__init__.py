@@ -36,7 +36,9 @@ from woodjax.curvature import (
     row_fisher,
     streamed_fisher,
 )
+from woodjax.exact_obs import ExactObsInfo, exact_obs
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
+from woodjax.guarantee import GuaranteeInfo, prune_to_loss, split_batch
 from woodjax.hessian import DiagonalEstimate, gauss_newton_diagonal, hutchinson_diagonal, hvp
 from woodjax.linalg import (
     DampedInverse,
@@ -56,8 +58,10 @@ from woodjax.linalg import (
     woodbury_scan,
     woodbury_scan_rank_k,
 )
+from woodjax.mask_search import SearchInfo, search_masks
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
+from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.probe import check_loss
 from woodjax.schedules import (
     Schedule,
@@ -100,10 +104,12 @@ __all__ = [
     "DiagonalFisher",
     "DiagonalSums",
     "Estimate",
+    "ExactObsInfo",
     "ExactSparsity",
     "GradientRows",
     "GradientStream",
     "GradientWindow",
+    "GuaranteeInfo",
     "KroneckerFisher",
     "LayerInputHessian",
     "Layout",
@@ -114,6 +120,7 @@ __all__ = [
     "Relative",
     "RowFisher",
     "Schedule",
+    "SearchInfo",
     "SparsityPath",
     "Stage",
     "StreamedFisher",
@@ -123,6 +130,7 @@ __all__ = [
     "Whitener",
     "all_class_gradients",
     "apply_masks",
+    "betting_p_value",
     "block_fisher",
     "check_loss",
     "choose_update",
@@ -137,6 +145,7 @@ __all__ = [
     "dual_solve",
     "empirical_fisher",
     "estimate",
+    "exact_obs",
     "exponential_schedule",
     "find_state",
     "fisher_inverse",
@@ -145,6 +154,7 @@ __all__ = [
     "get_masks",
     "gradient_window",
     "gram",
+    "hoeffding_bentkus_p_value",
     "hutchinson_diagonal",
     "hvp",
     "is_kernel",
@@ -170,6 +180,7 @@ __all__ = [
     "primal_inverse",
     "prune_count",
     "prune_one_shot",
+    "prune_to_loss",
     "prune_transform",
     "reestimate_batch_stats",
     "refresh",
@@ -177,8 +188,10 @@ __all__ = [
     "row_fisher",
     "sampled_label_gradients",
     "schedule_of",
+    "search_masks",
     "set_masks",
     "sparsity_path",
+    "split_batch",
     "stage_sparsities",
     "stream_gradients",
     "streamed_fisher",

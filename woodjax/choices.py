@@ -1,7 +1,7 @@
 """What one-shot pruning chooses by itself: stages, gradient rows, held-out examples, candidates for the update."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypedDict
 
 import jax
@@ -108,21 +108,22 @@ def choose_plan(
         raise ValueError(
             f"{available} examples cannot be averaged in groups of examples_per_gradient={s}: pass a divisor."
         )
-    if stages == "auto":
-        stages = MOST_STAGES if first_order else stages_for(sparsity)
-    return Plan(stages, rows, s, aside)
+    return Plan(stages_for(sparsity, first_order=first_order) if stages == "auto" else stages, rows, s, aside)
 
 
-def stages_for(sparsity: Sparsity) -> int:
+def stages_for(sparsity: Sparsity, *, first_order: bool = False) -> int:
     """Number of stages to a sparsity: each takes about 12 % of the density off.
 
     Args:
         sparsity: Target; the highest of a mapping counts. A traced one takes 16 stages.
+        first_order: Every stage descends as well: 32 of them.
 
     Returns:
         1 to 32.
     """
-    fractions = list(sparsity.values()) if hasattr(sparsity, "values") else [sparsity]
+    if first_order:
+        return MOST_STAGES
+    fractions = list(sparsity.values()) if isinstance(sparsity, Mapping) else [sparsity]
     values = [fraction.value if isinstance(fraction, ExactSparsity) else fraction for fraction in fractions]
     if any(isinstance(value, jax.core.Tracer) for value in values):
         return MOST_STAGES // 2

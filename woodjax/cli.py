@@ -127,7 +127,8 @@ def _prune(options: argparse.Namespace) -> None:
             config={name: _plain(value) for name, value in vars(options).items()} | {"network": problem.network},
         )
         for name in options.method:
-            bar = bars.add_task(known[name].title, total=known[name].stages * len(options.sparsity))
+            stages = sum(known[name].stages_to(sparsity) for sparsity in options.sparsity)
+            bar = bars.add_task(known[name].title, total=stages)
             for sparsity in options.sparsity:
                 result, pruned, masks = measure(
                     problem,

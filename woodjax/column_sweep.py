@@ -157,9 +157,10 @@ def _sweep_rows(
     def choose(now: Array, first: Array) -> Array:
         scores = jnp.square(lax.dynamic_slice_in_dim(now / pivots[:, None], first, group))
         if pattern is None:
-            pruned = lowest(jnp.where(counted[:, None], scores, jnp.inf).reshape(1, -1), count[None])
+            (pruned,) = lowest([jnp.where(counted[:, None], scores, jnp.inf).reshape(1, -1)], [count[None]])
             return ~pruned.reshape(group, out)
-        return ~lowest(scores.T, jnp.full(out, group - pattern[0])).T
+        (pruned,) = lowest([scores.T], [jnp.full(out, group - pattern[0])])
+        return ~pruned.T
 
     def sweep_group(carry: tuple[Array, Array, Array], first: Array) -> tuple[tuple[Array, Array, Array], None]:
         now, mask, errors = carry

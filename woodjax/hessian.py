@@ -174,7 +174,7 @@ def gauss_newton_diagonal(apply_fn: ApplyFn, params: Params, inputs: Batch, *, m
     check_apply(apply_fn, params, inputs)
     params, inputs = jax.tree.map(jnp.asarray, (params, inputs))
     row = AllClassRows(apply_fn)
-    stream = GradientStream(params, inputs, None, LossRow(apply_fn, False), microbatch_size, 1)
+    stream = GradientStream(params, inputs, None, None, LossRow(apply_fn, False), microbatch_size, 1)
     sums = stream.fold(_add_squares, _zeros(params), row=row)
     return jax.tree.map(lambda total: total / n, sums)
 

@@ -109,7 +109,7 @@ def make_masks(
         else:
             share = {i: group.sparsity for group in sparsity_groups(sparsity, names) for i in group.members}
             counts = [prune_count(share[i], n) for i, n in enumerate(sizes)]
-        pruned = _lowest(rows, counts)
+        pruned = lowest(rows, counts)
     masks = [~p.reshape(leaf.shape) for p, leaf in zip(pruned, leaves, strict=True)]
     if previous is not None:
         masks = [mask & old for mask, old in zip(masks, jax.tree.leaves(previous), strict=True)]
@@ -308,32 +308,27 @@ def _lowest_of_groups(leaves: list[Float[Array, "..."]], groups: list[Group]) ->
         for group, flat in zip(groups, flats, strict=True)
     ]
     pruned: dict[int, Bool[Array, "..."]] = {}
-    for group, lowest in zip(groups, _lowest(flats, counts), strict=True):
+    for group, marked in zip(groups, lowest(flats, counts), strict=True):
         ends = np.cumsum([leaves[i].size for i in group.members])[:-1]
-        parts = jnp.split(lowest[0], ends)
+        parts = jnp.split(marked[0], ends)
         pruned |= {i: part.reshape(leaves[i].shape) for i, part in zip(group.members, parts, strict=True)}
     return [pruned[i] for i in range(len(leaves))]
 
 
-def lowest(row: Float[Array, "r n"], counts: Int[Array, " r"]) -> Bool[Array, "r n"]:
+@jax.jit
+def lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> list[Bool[Array, "r _"]]:
     """Mark exactly `counts[i]` smallest entries in each row, ties by index.
 
     Args:
-        row: Numbers; NaN is not looked for.
-        counts: How many to mark.
+        rows: Floats, all of one dtype; no NaN.
+        counts: How many to mark, for each row.
 
     Returns:
-        True on the lowest.
+        True on the entries marked.
 
     Cost:
-        One pass for each bit of a float.
+        33 passes.
     """
-    return _lowest([row], [counts])[0]
-
-
-@jax.jit
-def _lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> list[Bool[Array, "r _"]]:
-    """Mark exactly `counts[i]` smallest entries in each row, ties by index."""
     keys = [_sortable(row) for row in rows]
     bits = keys[0].dtype.itemsize * 8
     one = jnp.ones((), keys[0].dtype)
@@ -350,12 +345,12 @@ def _lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> 
 
     # After the loop: the largest threshold that fewer than `count` keys lie below, the count-th smallest key.
     thresholds = lax.fori_loop(0, bits, set_bit, [jnp.zeros(key.shape[0], key.dtype) for key in keys])
-    lowest = []
+    marked = []
     for key, threshold, count in zip(keys, thresholds, counts, strict=True):
         ties = key == threshold[:, None]
         room = count - count_below(key, threshold)
-        lowest.append((key < threshold[:, None]) | (ties & (jnp.cumsum(ties, axis=1) <= room[:, None])))
-    return lowest
+        marked.append((key < threshold[:, None]) | (ties & (jnp.cumsum(ties, axis=1) <= room[:, None])))
+    return marked
 
 
 def _sortable(x: Float[Array, "..."]) -> UInt[Array, "..."]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jaxtyping import Array, Key
 
-from woodjax.choices import FIXED, Auto
+from woodjax.choices import FIXED, Auto, stages_for
 from woodjax.compensation import Method
 from woodjax.criteria import magnitude_scores, obs_scores
 from woodjax.curvature import Curvature, block_fisher, diagonal_fisher, low_rank_fisher
@@ -29,6 +29,10 @@ class Recipe:
     update: Method | None
     stages: int | Auto = 1
     first_order: bool = False
+
+    def stages_to(self, sparsity: float) -> int:
+        """Stages that it takes to a sparsity."""
+        return stages_for(sparsity, first_order=self.first_order) if self.stages == "auto" else self.stages
 
     @property
     def column(self) -> Column:
@@ -113,7 +117,7 @@ def prune(
         if on_stage is not None:
             on_stage(Stage(pruned, masks, None))
         return pruned, masks, None
-    run = partial(
+    run: Callable[..., tuple[Params, Masks, OneShotInfo]] = partial(
         prune_one_shot, loss_fn, params, pool, sparsity, key=key, microbatch_size=microbatch_size, on_stage=on_stage
     )
     if recipe.curvature == "auto":

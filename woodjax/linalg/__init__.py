@@ -31,27 +31,35 @@ from woodjax.linalg.dual import (
     whiten_gram,
     window_inverse_diagonal,
 )
+from woodjax.linalg.greedy import greedy_trace
 from woodjax.linalg.path import path_losses
 from woodjax.linalg.products import COLUMN_WINDOW, contract, gram
+from woodjax.linalg.support import Support, exchange_scales, quadratic, solve_support, survivor_gram
 from woodjax.linalg.woodbury import woodbury_scan, woodbury_scan_rank_k
 
 __all__ = [
     "COLUMN_WINDOW",
     "DampedInverse",
+    "Support",
     "Whitener",
     "contract",
     "dual_inverse",
     "dual_inverse_diagonal",
     "dual_solve",
+    "exchange_scales",
     "fisher_inverse",
     "gram",
+    "greedy_trace",
     "joint_step_gram",
     "joint_step_inverse",
     "joint_steps_gram",
     "path_losses",
     "primal_inverse",
+    "quadratic",
     "solve_cholesky",
+    "solve_support",
     "solve_whitened",
+    "survivor_gram",
     "whiten",
     "whiten_gram",
     "window_inverse_diagonal",
