@@ -16,6 +16,7 @@ from woodjax.curvature import (
     DiagonalSums,
     Estimate,
     GradientRows,
+    GroupCurvature,
     LowRankFisher,
     Relative,
     RowFisher,
@@ -30,6 +31,7 @@ from woodjax.curvature import (
     streamed_fisher,
 )
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
+from woodjax.groups import expand_group_masks, group_scores, pattern_masks
 from woodjax.linalg import (
     DampedInverse,
     Whitener,
@@ -49,6 +51,7 @@ from woodjax.linalg import (
 )
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
+from woodjax.patterns import NM, Block, Filters, Pattern, Rows
 from woodjax.probe import check_loss
 from woodjax.schedules import (
     Schedule,
@@ -80,7 +83,9 @@ from woodjax.tree import Layout, apply_masks, is_kernel, make_layout, path_name
 __version__ = "0.1.0"
 
 __all__ = [
+    "NM",
     "Accumulator",
+    "Block",
     "BlockFisher",
     "BlockSums",
     "Curvature",
@@ -89,16 +94,20 @@ __all__ = [
     "DiagonalSums",
     "Estimate",
     "ExactSparsity",
+    "Filters",
     "GradientRows",
     "GradientStream",
     "GradientWindow",
+    "GroupCurvature",
     "Layout",
     "LowRankFisher",
     "OneShotInfo",
+    "Pattern",
     "PruneState",
     "RefreshInfo",
     "Relative",
     "RowFisher",
+    "Rows",
     "Schedule",
     "SparsityPath",
     "Stage",
@@ -117,6 +126,7 @@ __all__ = [
     "dual_solve",
     "empirical_fisher",
     "estimate",
+    "expand_group_masks",
     "exponential_schedule",
     "find_state",
     "fisher_inverse",
@@ -124,6 +134,7 @@ __all__ = [
     "get_masks",
     "gradient_window",
     "gram",
+    "group_scores",
     "is_kernel",
     "joint_step_gram",
     "joint_step_inverse",
@@ -139,6 +150,7 @@ __all__ = [
     "obs_scores",
     "one_shot_schedule",
     "path_name",
+    "pattern_masks",
     "per_example_gradients",
     "predicted_loss_change",
     "primal_inverse",

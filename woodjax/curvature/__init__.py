@@ -5,7 +5,7 @@ from woodjax.curvature.damping import Relative
 from woodjax.curvature.diagonal_fisher import DiagonalFisher, DiagonalSums, diagonal_fisher
 from woodjax.curvature.engines import Estimate, empirical_fisher, estimate
 from woodjax.curvature.low_rank_fisher import GradientRows, LowRankFisher, low_rank_fisher
-from woodjax.curvature.protocol import Curvature, predicted_loss_change
+from woodjax.curvature.protocol import Curvature, GroupCurvature, predicted_loss_change
 from woodjax.curvature.row_fisher import RowFisher, row_fisher
 from woodjax.curvature.streamed_fisher import StreamedFisher, streamed_fisher
 from woodjax.curvature.sums import Accumulator
@@ -19,6 +19,7 @@ __all__ = [
     "DiagonalSums",
     "Estimate",
     "GradientRows",
+    "GroupCurvature",
     "LowRankFisher",
     "Relative",
     "RowFisher",

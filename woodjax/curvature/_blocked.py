@@ -12,21 +12,79 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from woodjax import linalg
 from woodjax.curvature.protocol import compiled
 from woodjax.tree import Layout
-from woodjax.typing import Masks, Params, Updates
+from woodjax.typing import Groups, Masks, Params, Updates
 
 INVERSION_BYTES = 52  # of workspace for each entry of a matrix that is factored and inverted, as compiled
 WORKSPACE = 2**26  # bytes that a step over several blocks may take beside its input and result
 
 
 @dataclass(frozen=True)
-class Blocked(abc.ABC):
-    """A curvature that is block-diagonal in the blocks of a layout."""
+class Grouped(abc.ABC):
+    """A curvature that answers for groups from `[H⁻¹]_QQ` of some of them at a time."""
 
     layout: Layout
+
+    @abc.abstractmethod
+    def submatrices(self, leaf: int, groups: Int[Array, "c q"]) -> Float[Array, "c q q"]:
+        """`[H⁻¹]_QQ` of some groups of a leaf, all at once."""
+
+    def costs(self, leaf: int, groups: Int[Array, "c q"], target: Float[Array, "c q"]) -> Float[Array, " c"]:
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of some groups of a leaf, all at once."""
+        inverse = self.submatrices(leaf, groups)
+        if len(inverse) == 1:  # no batch of LAPACK calls where there is one group
+            return linalg.group_cost(inverse[0], target[0])[None]
+        return jax.vmap(linalg.group_cost)(inverse, target)
+
+    def group_bytes(self, size: int) -> int:
+        """Workspace for one group."""
+        return INVERSION_BYTES * size * size
+
+    @compiled
+    def group_inverse(self, groups: Groups) -> Params:
+        """`[H⁻¹]_QQ` of every group, `[n, q, q]` for each leaf. Correlations that `H` does not hold are zero."""
+        return self._each_leaf(self.submatrices, groups, (len, lambda g: g.shape[1], lambda g: g.shape[1]))
+
+    @compiled
+    def group_costs(self, target: Params, groups: Groups) -> Params:
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of every group, `[n]` for each leaf, a bounded workspace of groups at a time."""
+        jax.eval_shape(self.layout.to_blocks, target)  # checks structure and shapes
+        return self._each_leaf(self.costs, groups, (len,), self.layout.flatten(target))
+
+    def _each_leaf(
+        self,
+        function: Callable[..., Array],
+        groups: Groups,
+        empty: tuple[Callable[[Array], int], ...],
+        target: list[Array] | None = None,
+    ) -> Params:
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(self))
+        results: list[Array] = []
+        done: Array | None = None
+        for leaf, indices in enumerate(self.layout.flatten(groups)):
+            if len(indices) == 0:
+                results.append(jnp.zeros([axis(indices) for axis in empty], dtype))
+                continue
+            if not self.layout.leaves[leaf].selected:
+                raise ValueError(f"Leaf '{self.layout.leaves[leaf].path}' is not prunable: it has no groups.")
+            per_group = [indices]
+            if target is not None:
+                values = target[leaf].astype(dtype)
+                per_group.append((values if done is None else after(values, done)).reshape(-1)[indices])
+            elif done is not None:  # one leaf after another
+                per_group = [indices + after(jnp.zeros(()), done).astype(indices.dtype)]
+            done = _stream(lambda *some, leaf=leaf: function(leaf, *some), self.group_bytes, *per_group)
+            results.append(done)
+        return jax.tree.unflatten(self.layout.treedef, results)
+
+
+@dataclass(frozen=True)
+class Blocked(Grouped):
+    """A curvature that is block-diagonal in the blocks of a layout."""
 
     @abc.abstractmethod
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
@@ -147,3 +205,20 @@ def blocks_at_once(bytes_each: int) -> int:
         At least 1.
     """
     return 1 if jax.default_backend() == "cpu" else max(1, WORKSPACE // bytes_each)
+
+
+def _stream(
+    function: Callable[..., Array], bytes_each: Callable[[int], int], groups: Int[Array, "n q"], *more: Array
+) -> Array:
+    """Apply a function of some groups to all of them, within a bounded workspace."""
+    n, q = groups.shape
+    at_once = max(1, linalg.COLUMN_WINDOW // q) if q <= linalg.ELIMINATED else blocks_at_once(bytes_each(q))
+    if n <= at_once:
+        return function(groups, *more)
+
+    def chunks(x: Any) -> Array:
+        padded = jnp.pad(x, [(0, -n % at_once)] + [(0, 0)] * (x.ndim - 1), mode="edge")
+        return padded.reshape(-1, at_once, *x.shape[1:])
+
+    results = lax.map(lambda some: function(*some), tuple(map(chunks, (groups, *more))))
+    return results.reshape(-1, *results.shape[2:])[:n]

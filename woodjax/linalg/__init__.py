@@ -30,20 +30,34 @@ from woodjax.linalg.dual import (
     whiten_gram,
     window_inverse_diagonal,
 )
+from woodjax.linalg.groups import (
+    ELIMINATED,
+    MAX_SUBSETS,
+    cheapest_subset,
+    dual_group_cost,
+    dual_submatrices,
+    group_cost,
+)
 from woodjax.linalg.path import path_losses
 from woodjax.linalg.products import COLUMN_WINDOW, contract, gram
 from woodjax.linalg.woodbury import woodbury_scan, woodbury_scan_rank_k
 
 __all__ = [
     "COLUMN_WINDOW",
+    "ELIMINATED",
+    "MAX_SUBSETS",
     "DampedInverse",
     "Whitener",
+    "cheapest_subset",
     "contract",
+    "dual_group_cost",
     "dual_inverse",
     "dual_inverse_diagonal",
     "dual_solve",
+    "dual_submatrices",
     "fisher_inverse",
     "gram",
+    "group_cost",
     "joint_step_gram",
     "joint_step_inverse",
     "path_losses",
