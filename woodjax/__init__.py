@@ -5,6 +5,7 @@ pytree, each made by a pure function of the one before.
 """
 
 from woodjax.batch_stats import reestimate_batch_stats
+from woodjax.budgets import budget_masks
 from woodjax.compensation import compensate
 from woodjax.criteria import magnitude_scores, obd_scores, obs_scores, woodtaylor_scores
 from woodjax.curvature import (
@@ -49,6 +50,7 @@ from woodjax.linalg import (
     woodbury_scan,
     woodbury_scan_rank_k,
 )
+from woodjax.macs import weight_macs
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.patterns import NM, Block, Filters, Pattern, Rows
@@ -116,6 +118,7 @@ __all__ = [
     "all_class_gradients",
     "apply_masks",
     "block_fisher",
+    "budget_masks",
     "check_loss",
     "compensate",
     "contract",
@@ -168,6 +171,7 @@ __all__ = [
     "stage_sparsities",
     "stream_gradients",
     "streamed_fisher",
+    "weight_macs",
     "whiten",
     "whiten_gram",
     "woodbury_scan",

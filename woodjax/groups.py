@@ -60,7 +60,7 @@ def group_scores(
         larger groups go greedily.
 
     References:
-        Kurtić et al., oBERT, 2022 (arXiv 2203.07259), equations 3 to 5.
+        Kurtić et al., oBERT, 2022 (arXiv 2203.07259), section 3.
 
     Example:
         >>> import jax.numpy as jnp, woodjax as wj
@@ -73,8 +73,7 @@ def group_scores(
     target = _target(params, asked, gradient)
     groups = _groups(params, asked, pattern, batch_axes)
     if isinstance(pattern, NM):
-        costs = [cost for _, cost in _subsets(target, asked, groups, pattern, None)]
-        tree = jax.tree.unflatten(asked.layout.treedef, costs)
+        _, tree = _subsets(target, asked, groups, pattern, None)
     else:
         tree = asked.group_costs(target, groups)
     return jax.tree.map(lambda cost, w: _shaped(cost, jnp.shape(w)[:batch_axes]), tree, params)
@@ -120,7 +119,7 @@ def pattern_masks(
 
     References:
         Kurtić et al., oBERT, 2022 (arXiv 2203.07259), section 3; Frantar & Alistarh, OBC, 2022 (arXiv 2208.11580),
-        section 4.2, for N:M.
+        for N:M.
 
     Example:
         >>> import jax.numpy as jnp, woodjax as wj
@@ -141,9 +140,8 @@ def pattern_masks(
     if isinstance(pattern, NM):
         if sparsity is not None or floor:
             raise ValueError(f"sparsity is {sparsity}, floor {floor}: {pattern} fixes how many go, leave both out.")
-        found = _subsets(_target(params, asked, gradient), asked, groups, pattern, previous)
-        chosen = [~pruned for pruned, _ in found]
-        ranked_leaves(jax.tree.unflatten(asked.layout.treedef, [cost for _, cost in found]), None)  # looks for NaN
+        chosen, costs = _subsets(_target(params, asked, gradient), asked, groups, pattern, previous)
+        ranked_leaves(costs, None)  # raises where there are NaN
     else:
         if sparsity is None:
             raise ValueError(f"sparsity is None: {pattern} needs the fraction to prune, between 0 and 1.")
@@ -151,17 +149,10 @@ def pattern_masks(
         scores = group_scores(params, asked, pattern, gradient=gradient, batch_axes=batch_axes)
         left = None if previous is None else jax.tree.map(_any_left, previous, groups, scores)
         if scope == "leaf" or _one_size(groups, sparsity, [spec.path for spec in asked.layout.leaves]):
-            kept = make_masks(scores, sparsity, scope=scope, previous=left, batch_axes=batch_axes, floor=floor)
+            chosen = make_masks(scores, sparsity, scope=scope, previous=left, batch_axes=batch_axes, floor=floor)
         else:
-            kept = _per_weight(scores, groups, sparsity, left, floor, batch_axes)
-        chosen = [mask.reshape(-1)[:, None] for mask in jax.tree.leaves(kept)]
-    masks = jax.tree.unflatten(
-        asked.layout.treedef,
-        [
-            _scatter(spec.shape, at, mask)
-            for spec, at, mask in zip(asked.layout.leaves, jax.tree.leaves(groups), chosen, strict=True)
-        ],
-    )
+            chosen = _per_weight(scores, groups, sparsity, left, floor, batch_axes)
+    masks = _expand(chosen, groups, tuple(spec.shape for spec in asked.layout.leaves))
     return masks if previous is None else jax.tree.map(jnp.logical_and, masks, previous)
 
 
@@ -192,15 +183,16 @@ def expand_group_masks(kept: Masks, params: Params, pattern: Pattern, *, batch_a
     if jax.tree.structure(kept) != jax.tree.structure(params):
         raise ValueError("kept has another tree structure than params: pass masks made from group_scores.")
     check_bool(kept, "kept")
-    masks = []
+    groups = []
     for (path, leaf), mask in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(kept), strict=True):
-        groups = _leaf_groups(path_name(path), jnp.shape(leaf), pattern, batch_axes, selected=mask.size > 0)
-        if mask.size != len(groups):
+        found = _leaf_groups(path_name(path), jnp.shape(leaf), pattern, batch_axes, selected=mask.size > 0)
+        if mask.size != len(found):
             raise ValueError(
-                f"kept: leaf '{path_name(path)}' has {mask.size} groups, expected {len(groups)} of {pattern}."
+                f"kept: leaf '{path_name(path)}' has {mask.size} groups, expected {len(found)} of {pattern}."
             )
-        masks.append(_scatter(jnp.shape(leaf), groups, mask.reshape(-1)[:, None]))
-    return jax.tree.unflatten(jax.tree.structure(params), masks)
+        groups.append(found)
+    shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(params))
+    return _expand(kept, jax.tree.unflatten(jax.tree.structure(params), groups), shapes)
 
 
 def _groups(params: Params, curvature: GroupCurvature, pattern: Pattern, batch_axes: int) -> Groups:
@@ -242,31 +234,34 @@ def _target(params: Params, curvature: Curvature, gradient: Params | None) -> Pa
 
 def _subsets(
     target: Params, curvature: GroupCurvature, groups: Groups, pattern: NM, previous: Masks | None
-) -> list[tuple[Bool[Array, "n m"], Float[Array, " n"]]]:
-    """The cheapest `m − n` weights of every group of every leaf, and what they cost together."""
-    inverses = jax.tree.leaves(curvature.group_inverse(groups))
-    before = [None] * len(inverses) if previous is None else jax.tree.leaves(previous)
-    found = []
-    for inverse, at, w, mask in zip(inverses, jax.tree.leaves(groups), jax.tree.leaves(target), before, strict=True):
-        values = jnp.reshape(w, -1)[at].astype(inverse.dtype)
-        gone = jnp.zeros(at.shape, bool) if mask is None else ~jnp.reshape(mask, -1)[at]
-        found.append(_cheapest(inverse, values, gone, pattern) if at.size else (gone, jnp.zeros(0, inverse.dtype)))
-    return found
+) -> tuple[Masks, Scores]:
+    """Which weights of every group stay, `[n, m]` for each leaf, and what the others cost together, `[n]`."""
+    every = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), target) if previous is None else previous
+    found = _cheapest(curvature.group_inverse(groups), target, every, groups, pattern)
+    return tuple(jax.tree.unflatten(curvature.layout.treedef, part) for part in zip(*found, strict=True))
 
 
 @partial(jax.jit, static_argnames="pattern")
 def _cheapest(
-    inverse: Float[Array, "n m m"], target: Float[Array, "n m"], gone: Bool[Array, "n m"], pattern: NM
-) -> tuple[Bool[Array, "n m"], Float[Array, " n"]]:
-    n, m = target.shape
+    inverses: Params, target: Params, previous: Masks, groups: Groups, pattern: NM
+) -> list[tuple[Bool[Array, "n m"], Float[Array, " n"]]]:
     count = pattern.m - pattern.n
-    subsets = math.comb(m, count)
-    numbers = m * m if subsets > linalg.MAX_SUBSETS else subsets * count * count
-    one = partial(linalg.cheapest_subset, count=count)
+    subsets = math.comb(pattern.m, count)
+    numbers = pattern.m**2 if subsets > linalg.MAX_SUBSETS else subsets * count * count
     at_once = max(1, SUBSET_BYTES // (12 * numbers))
-    if n <= at_once:
-        return jax.vmap(one)(inverse, target, gone)
-    return lax.map(lambda group: one(*group), (inverse, target, gone), batch_size=at_once)
+    one = partial(linalg.cheapest_subset, count=count)
+    found = []
+    for inverse, w, mask, at in zip(*map(jax.tree.leaves, (inverses, target, previous, groups)), strict=True):
+        if at.size == 0:
+            found.append((jnp.ones(at.shape, bool), jnp.zeros(0, inverse.dtype)))
+            continue
+        leaf = inverse, w.reshape(-1)[at].astype(inverse.dtype), ~mask.reshape(-1)[at]
+        if len(at) <= at_once:
+            pruned, cost = jax.vmap(one)(*leaf)
+        else:
+            pruned, cost = lax.map(lambda group: one(*group), leaf, batch_size=at_once)
+        found.append((~pruned, cost))
+    return found
 
 
 def _one_size(groups: Groups, sparsity: Sparsity, names: list[str]) -> bool:
@@ -308,9 +303,16 @@ def _any_left(previous: Bool[Array, "..."], groups: Int[np.ndarray, "n q"], scor
     return jnp.any(jnp.reshape(previous, -1)[groups], axis=1).reshape(scores.shape)
 
 
-def _scatter(shape: tuple[int, ...], groups: Int[np.ndarray, "n q"], kept: Bool[Array, "n _"]) -> Bool[Array, "..."]:
-    flat = jnp.ones(math.prod(shape), bool)
-    return flat.at[groups].set(jnp.broadcast_to(kept, groups.shape), unique_indices=True).reshape(shape)
+@partial(jax.jit, static_argnames="shapes")
+def _expand(kept: Masks, groups: Groups, shapes: tuple[tuple[int, ...], ...]) -> Masks:
+    """From one entry for each group, or each weight of each group, to full-shape masks."""
+
+    def leaf(mask: Bool[Array, "..."], at: Int[Array, "n q"], shape: tuple[int, ...]) -> Bool[Array, "..."]:
+        each = jnp.broadcast_to(mask if mask.shape == at.shape else mask.reshape(-1, 1), at.shape)
+        return jnp.ones(math.prod(shape), bool).at[at].set(each, unique_indices=True).reshape(shape)
+
+    each = zip(jax.tree.leaves(kept), jax.tree.leaves(groups), shapes, strict=True)
+    return jax.tree.unflatten(jax.tree.structure(kept), [leaf(*operands) for operands in each])
 
 
 def _shaped(costs: Float[Array, " n"], batch: tuple[int, ...]) -> Float[Array, "..."]:

@@ -55,7 +55,7 @@ class NM:
         ValueError: Not `1 <= n < m`.
 
     References:
-        Mishra et al. 2021 (arXiv 2104.08378), section 3: 2:4 along the input channels.
+        Mishra et al. 2021 (arXiv 2104.08378): 2:4 along the input channels.
 
     Example:
         >>> import woodjax as wj

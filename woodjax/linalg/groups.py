@@ -65,7 +65,7 @@ def group_cost(inverse: Float[Array, "q q"], target: Float[Array, " q"]) -> Floa
         `q³/3` flops.
 
     References:
-        Kurtić et al., oBERT, 2022 (arXiv 2203.07259), equation 4.
+        Kurtić et al., oBERT, 2022 (arXiv 2203.07259), section 3.
     """
     if target.shape[0] > ELIMINATED:
         return 0.5 * contract("q,q->", target, solve_cholesky(inverse, target))
@@ -173,8 +173,8 @@ def cheapest_subset(
         `2 C(q, count) count³/3` flops, or `2 count · q²` for the greedy form.
 
     References:
-        Kurtić et al., oBERT, 2022 (arXiv 2203.07259), equation 4; Frantar & Alistarh, OBC, 2022
-        (arXiv 2208.11580), section 4.2, for the greedy form.
+        Kurtić et al., oBERT, 2022 (arXiv 2203.07259), section 3; Frantar & Alistarh, OBC, 2022
+        (arXiv 2208.11580), ExactOBS, for the greedy form.
     """
     q = target.shape[0]
     if math.comb(q, count) > MAX_SUBSETS:
