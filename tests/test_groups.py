@@ -104,7 +104,7 @@ def test_costs_are_those_of_the_dense_minimiser(name, seed):
     curvature = build(name, gradients)
     for pattern in (wj.Block(), wj.Rows(), wj.Filters()):
         plain = wj.group_scores(params, curvature, pattern)
-        shifted = wj.group_scores(params, curvature, pattern, gradient=mean)
+        shifted = wj.group_scores(params, curvature, pattern, gradient=mean)  # the same program
         assert plain["bias"].shape == (0,)
         for leaf, start in (("conv", 0), ("fc", 16)):
             at = pattern.indices(SHAPES[leaf]) + start
@@ -286,23 +286,20 @@ def test_masks_of_groups_are_nested_and_no_layer_is_lost():
 
 def test_stacked_layers_are_separate():
     rng = np.random.default_rng(0)
-    layers = [rng.standard_normal((6, 4, 3)).astype(np.float32) for _ in range(2)]
-    weights = [rng.standard_normal((4, 3)).astype(np.float32) for _ in range(2)]
-    stacked = {"w": np.stack(layers, axis=1)}, {"w": np.stack(weights)}
-    fisher = wj.block_fisher(stacked[0], block_size=5, damping=DAMPING, batch_axes=1)
-    for pattern in (wj.Filters(), wj.NM(2, 4)):
-        found = wj.group_scores(stacked[1], fisher, pattern, batch_axes=1)["w"]
-        masks = wj.pattern_masks(
-            stacked[1], fisher, pattern, None if pattern == wj.NM(2, 4) else 0.5, scope="leaf", batch_axes=1
-        )["w"]
-        for i in range(2):
-            alone = wj.block_fisher({"w": layers[i]}, block_size=5, damping=DAMPING)
-            expected = wj.group_scores({"w": weights[i]}, alone, pattern)["w"]
-            np.testing.assert_allclose(found[i], expected, rtol=1e-4)
-            np.testing.assert_array_equal(
-                masks[i],
-                wj.pattern_masks({"w": weights[i]}, alone, pattern, None if pattern == wj.NM(2, 4) else 0.5)["w"],
-            )
+    gradients = {"w": rng.standard_normal((6, 2, 4, 3)).astype(np.float32)}
+    params = {"w": rng.standard_normal((2, 4, 3)).astype(np.float32)}
+    fisher = wj.block_fisher(gradients, block_size=5, damping=DAMPING, batch_axes=1)  # two of padding a layer
+    found = wj.group_scores(params, fisher, wj.Filters(), batch_axes=1)["w"]
+    filters = np.asarray(wj.pattern_masks(params, fisher, wj.Filters(), 0.4, scope="leaf", batch_axes=1)["w"])
+    assert filters.all(1).sum() == (~filters).all(1).sum() * 2 == 4  # one of three goes in each layer
+    pairs = wj.pattern_masks(params, fisher, wj.NM(2, 4), batch_axes=1)["w"]
+    assert (pairs.sum(1) == 2).all()
+    for layer in range(2):
+        rows, weights = gradients["w"][:, layer].reshape(6, 12), params["w"][layer].reshape(12).astype(float)
+        hessian = oracle.blockwise(oracle.fisher(rows, DAMPING), [range(5), range(5, 10), range(10, 12)])
+        expected = [removal_cost(hessian, weights, q) for q in wj.Filters().indices((4, 3))]
+        np.testing.assert_allclose(found[layer], expected, rtol=1e-3)
+        np.testing.assert_array_equal(np.argmin(found[layer]), np.flatnonzero(~filters[layer].any(0))[0])
 
 
 def test_a_group_lost_to_rounding_is_bounded():
