@@ -250,18 +250,22 @@ def _cheapest(
     numbers = pattern.m**2 if subsets > linalg.MAX_SUBSETS else subsets * count * count
     at_once = max(1, SUBSET_BYTES // (12 * numbers))
     one = partial(linalg.cheapest_subset, count=count)
-    found = []
-    for inverse, w, mask, at in zip(*map(jax.tree.leaves, (inverses, target, previous, groups)), strict=True):
-        if at.size == 0:
-            found.append((jnp.ones(at.shape, bool), jnp.zeros(0, inverse.dtype)))
-            continue
-        leaf = inverse, w.reshape(-1)[at].astype(inverse.dtype), ~mask.reshape(-1)[at]
-        if len(at) <= at_once:
-            pruned, cost = jax.vmap(one)(*leaf)
-        else:
-            pruned, cost = lax.map(lambda group: one(*group), leaf, batch_size=at_once)
-        found.append((~pruned, cost))
-    return found
+    leaves, indices = jax.tree.leaves(inverses), jax.tree.leaves(groups)
+    held = [leaf for leaf, at in enumerate(indices) if at.size]  # the groups of all leaves together
+    numbers_of = [(jax.tree.leaves(target)[leaf], jax.tree.leaves(previous)[leaf], indices[leaf]) for leaf in held]
+    operands = (
+        jnp.concatenate([leaves[leaf] for leaf in held]),
+        jnp.concatenate([w.reshape(-1)[at] for w, _, at in numbers_of]).astype(leaves[held[0]].dtype),
+        jnp.concatenate([~mask.reshape(-1)[at] for _, mask, at in numbers_of]),
+    )
+    if len(operands[0]) <= at_once:
+        pruned, costs = jax.vmap(one)(*operands)
+    else:
+        pruned, costs = lax.map(lambda group: one(*group), operands, batch_size=at_once)
+    ends = np.cumsum([len(indices[leaf]) for leaf in held])[:-1]
+    parts = dict(zip(held, zip(jnp.split(~pruned, ends), jnp.split(costs, ends), strict=True), strict=True))
+    nothing = jnp.ones((0, 0), bool), jnp.zeros(0, costs.dtype)
+    return [parts.get(leaf, nothing) for leaf in range(len(indices))]
 
 
 def _one_size(groups: Groups, sparsity: Sparsity, names: list[str]) -> bool:

@@ -125,15 +125,18 @@ def fewest_that_cost(leaves: list[Float[Array, " _"]], amount: Cost, costs: tupl
         64 passes.
     """
     dtype = jnp.result_type(*leaves)
-    keys = [_sortable(leaf.astype(dtype)) for leaf in leaves]
-    open_ = [~jnp.isposinf(leaf) for leaf in leaves]
     starts = np.cumsum([0, *(leaf.size for leaf in leaves)])
-    places = [jnp.arange(leaf.size, dtype=jnp.uint32) + int(s) for leaf, s in zip(leaves, starts[:-1], strict=True)]
+    alike = [[i for i, other in enumerate(costs) if other == cost] for cost in dict.fromkeys(costs)]
+    ranked = [jnp.concatenate([leaves[i].astype(dtype) for i in members]) for members in alike]
+    places = [
+        jnp.concatenate([jnp.arange(starts[i], starts[i + 1], dtype=jnp.uint32) for i in members]) for members in alike
+    ]
+    keys, open_ = [_sortable(row) for row in ranked], [~jnp.isposinf(row) for row in ranked]
 
     def enough(marked: list[Array]) -> Array:
         counts = [jnp.sum(mark & may, dtype=jnp.int32) for mark, may in zip(marked, open_, strict=True)]
         value, last_bits = jnp.zeros(()), jnp.zeros((), jnp.uint32)
-        for cost, count in zip(costs, counts, strict=True):
+        for cost, count in zip(dict.fromkeys(costs), counts, strict=True):
             value += float(cost) * count.astype(jnp.float32)
             last_bits += jnp.asarray(cost % 2**32, jnp.uint32) * count.astype(jnp.uint32)
         return Cost(value, last_bits).reaches(amount)
@@ -154,7 +157,11 @@ def fewest_that_cost(leaves: list[Float[Array, " _"]], amount: Cost, costs: tupl
     place = largest(31, jnp.uint32, lambda at: ~enough(before(threshold, at)))
     none = enough([jnp.zeros_like(may) for may in open_])
     marked = before(threshold, place + 1)
-    return [mark & may & ~none for mark, may in zip(marked, open_, strict=True)]
+    found: dict[int, Bool[Array, " _"]] = {}
+    for members, mark, may in zip(alike, marked, open_, strict=True):
+        ends = np.cumsum([leaves[i].size for i in members])[:-1]
+        found |= dict(zip(members, jnp.split(mark & may & ~none, ends), strict=True))
+    return [found[i] for i in range(len(leaves))]
 
 
 @partial(jax.jit, static_argnames="shapes")

@@ -7,10 +7,12 @@ keeps padding and unselected leaves out of every answer.
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -25,17 +27,24 @@ WORKSPACE = 2**26  # bytes that a step over several blocks may take beside its i
 
 @dataclass(frozen=True)
 class Grouped(abc.ABC):
-    """A curvature that answers for groups from `[H⁻¹]_QQ` of some of them at a time."""
+    """A curvature that answers for groups from `[H⁻¹]_QQ` of some of them at a time.
+
+    Leaves whose groups can be looked up together are one `part`, and one program for each size of groups.
+    """
 
     layout: Layout
 
     @abc.abstractmethod
-    def submatrices(self, leaf: int, groups: Int[Array, "c q"]) -> Float[Array, "c q q"]:
-        """`[H⁻¹]_QQ` of some groups of a leaf, all at once."""
+    def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
+        """The part that a leaf belongs to, and where in it the weights of the leaf's groups stand."""
 
-    def costs(self, leaf: int, groups: Int[Array, "c q"], target: Float[Array, "c q"]) -> Float[Array, " c"]:
-        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of some groups of a leaf, all at once."""
-        inverse = self.submatrices(leaf, groups)
+    @abc.abstractmethod
+    def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
+        """`[H⁻¹]_QQ` of some groups of a part, all at once."""
+
+    def costs(self, part: int, places: Int[Array, "c q"], target: Float[Array, "c q"]) -> Float[Array, " c"]:
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of some groups of a part, all at once."""
+        inverse = self.submatrices(part, places)
         if len(inverse) == 1:  # no batch of LAPACK calls where there is one group
             return linalg.group_cost(inverse[0], target[0])[None]
         return jax.vmap(linalg.group_cost)(inverse, target)
@@ -47,38 +56,35 @@ class Grouped(abc.ABC):
     @compiled
     def group_inverse(self, groups: Groups) -> Params:
         """`[H⁻¹]_QQ` of every group, `[n, q, q]` for each leaf. Correlations that `H` does not hold are zero."""
-        return self._each_leaf(self.submatrices, groups, (len, lambda g: g.shape[1], lambda g: g.shape[1]))
+        return self._group_answers(self.submatrices, groups)
 
     @compiled
     def group_costs(self, target: Params, groups: Groups) -> Params:
         """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of every group, `[n]` for each leaf, a bounded workspace of groups at a time."""
         jax.eval_shape(self.layout.to_blocks, target)  # checks structure and shapes
-        return self._each_leaf(self.costs, groups, (len,), self.layout.flatten(target))
+        return self._group_answers(self.costs, groups, target)
 
-    def _each_leaf(
-        self,
-        function: Callable[..., Array],
-        groups: Groups,
-        empty: tuple[Callable[[Array], int], ...],
-        target: list[Array] | None = None,
-    ) -> Params:
+    def _group_answers(self, function: Callable[..., Array], groups: Groups, target: Params | None = None) -> Params:
+        indices = self.layout.flatten(groups)
+        values = [None] * len(indices) if target is None else self.layout.flatten(target)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(self))
-        results: list[Array] = []
-        done: Array | None = None
-        for leaf, indices in enumerate(self.layout.flatten(groups)):
-            if len(indices) == 0:
-                results.append(jnp.zeros([axis(indices) for axis in empty], dtype))
-                continue
-            if not self.layout.leaves[leaf].selected:
+        together: dict[tuple[int, int], list[tuple[int, list[Array]]]] = {}
+        for leaf, (at, w) in enumerate(zip(indices, values, strict=True)):
+            if len(at) and not self.layout.leaves[leaf].selected:
                 raise ValueError(f"Leaf '{self.layout.leaves[leaf].path}' is not prunable: it has no groups.")
-            per_group = [indices]
-            if target is not None:
-                values = target[leaf].astype(dtype)
-                per_group.append((values if done is None else after(values, done)).reshape(-1)[indices])
-            elif done is not None:  # one leaf after another
-                per_group = [indices + after(jnp.zeros(()), done).astype(indices.dtype)]
-            done = _stream(lambda *some, leaf=leaf: function(leaf, *some), self.group_bytes, *per_group)
-            results.append(done)
+            if len(at):
+                part, places = self.group_places(leaf, at)
+                per_group = [places] if w is None else [places, w.reshape(-1)[at].astype(dtype)]
+                together.setdefault((part, at.shape[1]), []).append((leaf, per_group))
+        results = [jnp.zeros((0,) if target is not None else (0, *at.shape[1:] * 2), dtype) for at in indices]
+        done = jnp.zeros((), dtype)
+        for (part, _), members in together.items():  # one after another
+            places, *targets = (jnp.concatenate(parts) for parts in zip(*(held for _, held in members), strict=True))
+            waiting = places + after(jnp.zeros((), dtype), done).astype(places.dtype)
+            done = _stream(partial(function, part), self.group_bytes, waiting, *targets)
+            ends = np.cumsum([len(held[0]) for _, held in members])[:-1]
+            for (leaf, _), result in zip(members, jnp.split(done, ends), strict=True):
+                results[leaf] = result
         return jax.tree.unflatten(self.layout.treedef, results)
 
 
@@ -106,6 +112,10 @@ class Blocked(Grouped):
         gradient: Float[Array, "nb b"] | None,
     ) -> Float[Array, "nb b"]:
         """Constrained minimiser, block by block."""
+
+    def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
+        """All leaves are one part: places among the flattened blocks."""
+        return 0, self.layout.positions(leaf, groups)
 
     @compiled
     def inverse_diagonal(self) -> Params:

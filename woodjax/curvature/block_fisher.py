@@ -81,9 +81,9 @@ class BlockFisher(Blocked):
         """`b³/3` flops a block."""
         return self._map(linalg.joint_step_inverse, weights, kept, gradient)
 
-    def submatrices(self, leaf: int, groups: Int[Array, "c q"]) -> Float[Array, "c q q"]:
+    def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
         """Read the entries; zero between weights of different blocks."""
-        block, place = jnp.divmod(self.layout.positions(leaf, groups), self.layout.block_size)
+        block, place = jnp.divmod(places, self.layout.block_size)
         entries = self.inverse[block[:, :, None], place[:, :, None], place[:, None, :]]
         return jnp.where(block[:, :, None] == block[:, None, :], entries, 0)
 

@@ -64,11 +64,15 @@ class RowFisher(Grouped):
             return self._map(linalg.joint_step_inverse, params, masks)
         return self._map(linalg.joint_step_inverse, params, masks, gradient)
 
-    def submatrices(self, leaf: int, groups: Int[Array, "c q"]) -> Float[Array, "c q q"]:
+    def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
+        """A leaf is a part."""
+        return sum(spec.selected for spec in self.layout.leaves[:leaf]), groups
+
+    def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
         """Read the entries; zero between weights of different output units."""
-        inverse = self.inverses[sum(spec.selected for spec in self.layout.leaves[:leaf])]
-        place, unit = jnp.divmod(groups, len(inverse))
-        entries = inverse[unit[:, :, None], place[:, :, None], place[:, None, :]]
+        inverse = self.inverses[part]
+        row, unit = jnp.divmod(places, len(inverse))
+        entries = inverse[unit[:, :, None], row[:, :, None], row[:, None, :]]
         return jnp.where(unit[:, :, None] == unit[:, None, :], entries, 0)
 
     def _map(self, function: Callable[..., Array], *trees: Params) -> Params:
