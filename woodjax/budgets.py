@@ -61,7 +61,7 @@ def budget_masks(
     Example:
         >>> import jax.numpy as jnp, woodjax as wj
         >>> scores = {"conv": jnp.array([1.0, 2.0, 3.0, 4.0]), "head": jnp.array([0.5, 0.6])}
-        >>> masks = wj.budget_masks(scores, {"conv": 10, "head": 1}, 0.5)  # 42 in all
+        >>> masks = wj.budget_masks(scores, {"conv": 10, "head": 1}, 0.6)  # 25 of 42
         >>> masks["conv"].tolist(), masks["head"].tolist()
         ([False, False, True, True], [True, True])
     """
