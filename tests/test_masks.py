@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from functools import partial
+from math import ceil
 
 import chex
 import jax
@@ -224,3 +225,67 @@ def test_no_recompilation_when_the_sparsity_changes():
     for sparsity in (0.1, 0.5, 0.9):
         masks({"w": jnp.arange(10.0)}, jnp.float32(sparsity))
     assert len(traces) == 1
+
+
+def floored(values, floor, size):
+    """The highest `ceil(floor · size)` of a leaf are out of reach."""
+    protected = np.zeros(len(values), bool)
+    protected[np.argsort(values, kind="stable")[len(values) - ceil(floor * size - 1e-3) :]] = True
+    return np.where(protected, np.inf, values)
+
+
+@given(scores=score_trees(), sparsity=st.floats(0, 0.8), floor=st.sampled_from([0.05, 0.1, 0.2]))
+def test_a_floor_keeps_the_highest_of_every_leaf(scores, sparsity, floor):
+    leaves = [np.ravel(leaf) for leaf in scores.values()]
+    ranked = np.concatenate([floored(leaf, floor, leaf.size) for leaf in leaves])
+    count = int(wj.prune_count(sparsity, ranked.size))
+    if count > np.isfinite(ranked).sum():
+        with pytest.raises(ValueError, match=rf"to prune where the sparsity asks for {count}"):
+            wj.make_masks(scores, sparsity, floor=floor)
+        return
+    masks = wj.make_masks(scores, sparsity, floor=floor)
+    np.testing.assert_array_equal(~flat(masks), oracle.lowest(ranked, count))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_no_leaf_is_lost_under_a_floor(scope):
+    rng = np.random.default_rng(0)
+    scores = {"big": rng.random((40, 10)) + 1, "small": rng.random((5, 4)), "inf": np.full(3, np.inf)}
+    scores = jax.tree.map(np.float32, scores)
+    first = wj.make_masks(scores, 0.8, scope=scope, floor=0.15)
+    assert int(first["small"].sum()) >= 3
+    assert int(sum((~mask).sum() for mask in first.values())) == 336
+    assert first["inf"].all()
+    second = wj.make_masks(scores, 0.85, scope=scope, floor=0.15, previous=first)
+    assert int(second["small"].sum()) >= 3
+    assert int(sum((~mask).sum() for mask in second.values())) == 357
+    assert not (flat(second) & ~flat(first)).any()
+    with pytest.raises(ValueError, match="Lower the floor or the sparsity"):
+        wj.make_masks(scores, 0.9, scope=scope, floor=0.15)
+    traced = jax.jit(lambda s: wj.make_masks(scores, s, scope=scope, floor=0.15))(0.9)
+    assert [int(traced[name].sum()) for name in ("big", "small")] == [60, 3]
+
+
+def test_stacked_layers_have_a_floor_each():
+    scores = {"w": jnp.arange(20.0).reshape(2, 10)}
+    masks = wj.make_masks(scores, 0.5, batch_axes=1, floor=0.1)
+    assert masks["w"].sum(axis=1).tolist() == [1, 9]
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.3, 0.7, 1.0])
+def test_a_floor_is_rounded_up(floor):
+    for size in (1, 10, 20, 33, 4097):
+        masks = jax.jit(lambda s: wj.make_masks({"w": s}, 1.0, floor=floor))(jnp.arange(float(size)))
+        assert int(masks["w"].sum()) == ceil(round(floor * size, 6))
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.1, float("nan")])
+def test_bad_floors(floor):
+    with pytest.raises(ValueError, match="fraction of every leaf that stays"):
+        wj.make_masks({"w": jnp.arange(4.0)}, 0.5, floor=floor)
+
+
+def test_a_floor_above_what_was_kept():
+    previous = {"w": jnp.array([True, False, False, False])}
+    with pytest.raises(ValueError, match="leaf 'w' should keep 2 weights, but the previous masks left 1"):
+        wj.make_masks({"w": jnp.arange(4.0)}, 0.75, floor=0.5, previous=previous)

@@ -5,6 +5,7 @@ pytree, each made by a pure function of the one before.
 """
 
 from woodjax.batch_stats import reestimate_batch_stats
+from woodjax.budgets import budget_masks
 from woodjax.choices import FIXED
 from woodjax.column_sweep import SweptKernel, column_sweep
 from woodjax.compensation import compensate
@@ -18,6 +19,7 @@ from woodjax.curvature import (
     DiagonalSums,
     Estimate,
     GradientRows,
+    GroupCurvature,
     KroneckerFisher,
     LayerInputHessian,
     LowRankFisher,
@@ -38,6 +40,7 @@ from woodjax.curvature import (
 )
 from woodjax.exact_obs import ExactObsInfo, exact_obs
 from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
+from woodjax.groups import expand_group_masks, group_scores, pattern_masks
 from woodjax.guarantee import GuaranteeInfo, prune_to_loss, split_batch
 from woodjax.hessian import DiagonalEstimate, gauss_newton_diagonal, hutchinson_diagonal, hvp
 from woodjax.linalg import (
@@ -58,10 +61,12 @@ from woodjax.linalg import (
     woodbury_scan,
     woodbury_scan_rank_k,
 )
+from woodjax.macs import weight_macs
 from woodjax.mask_search import SearchInfo, search_masks
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
+from woodjax.patterns import NM, Block, Filters, Pattern, Rows
 from woodjax.probe import check_loss
 from woodjax.schedules import (
     Schedule,
@@ -95,7 +100,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FIXED",
+    "NM",
     "Accumulator",
+    "Block",
     "BlockFisher",
     "BlockSums",
     "Curvature",
@@ -106,19 +113,23 @@ __all__ = [
     "Estimate",
     "ExactObsInfo",
     "ExactSparsity",
+    "Filters",
     "GradientRows",
     "GradientStream",
     "GradientWindow",
+    "GroupCurvature",
     "GuaranteeInfo",
     "KroneckerFisher",
     "LayerInputHessian",
     "Layout",
     "LowRankFisher",
     "OneShotInfo",
+    "Pattern",
     "PruneState",
     "RefreshInfo",
     "Relative",
     "RowFisher",
+    "Rows",
     "Schedule",
     "SearchInfo",
     "SparsityPath",
@@ -132,6 +143,7 @@ __all__ = [
     "apply_masks",
     "betting_p_value",
     "block_fisher",
+    "budget_masks",
     "check_loss",
     "choose_update",
     "column_sweep",
@@ -146,6 +158,7 @@ __all__ = [
     "empirical_fisher",
     "estimate",
     "exact_obs",
+    "expand_group_masks",
     "exponential_schedule",
     "find_state",
     "fisher_inverse",
@@ -154,6 +167,7 @@ __all__ = [
     "get_masks",
     "gradient_window",
     "gram",
+    "group_scores",
     "hoeffding_bentkus_p_value",
     "hutchinson_diagonal",
     "hvp",
@@ -175,6 +189,7 @@ __all__ = [
     "obs_scores",
     "one_shot_schedule",
     "path_name",
+    "pattern_masks",
     "per_example_gradients",
     "predicted_loss_change",
     "primal_inverse",
@@ -195,6 +210,7 @@ __all__ = [
     "stage_sparsities",
     "stream_gradients",
     "streamed_fisher",
+    "weight_macs",
     "whiten",
     "whiten_gram",
     "woodbury_scan",

@@ -1,26 +1,26 @@
 """Masks: which weights survive, from scores and a sparsity.
 
-Exactly `round(s · n)` of `n` weights go, halves to even, ties in the order of their index. The
-k-th smallest score is found by bisection over the bits of a float: as many passes over the
-scores as a float has bits, no sort, and only counts would travel between devices.
+Exactly `round(s · n)` of `n` weights go, halves to even, ties in the order of their index. How they are
+found without a sort: `woodjax.ranking`.
 """
 
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
-from woodjax.tree import check_bool, check_like, path_name
+from woodjax.ranking import erdos_renyi_counts, is_broken, lowest, ranked_leaves
+from woodjax.tree import check_like
 from woodjax.typing import Masks, Scores
 
 Scope = Literal["global", "leaf", "erdos_renyi"]
+
+CEIL_SLACK = 1e-3  # of a weight: a floor of 0.1 keeps 1 of 10 weights although 0.1 is a bit more than a tenth
 
 
 class ExactSparsity(NamedTuple):
@@ -46,6 +46,7 @@ def make_masks(
     scope: Scope = "global",
     previous: Masks | None = None,
     batch_axes: int = 0,
+    floor: float = 0.0,
 ) -> Masks:
     """Prune the lowest scores.
 
@@ -60,19 +61,24 @@ def make_masks(
             proportion to the sum of its axes over their product, met exactly in total; no mapping).
         previous: Masks of an earlier step: what they pruned stays pruned, and counts.
         batch_axes: Leading axes that stack layers: each layer is a leaf of its own for the
-            scopes `"leaf"` and `"erdos_renyi"`.
+            scopes `"leaf"` and `"erdos_renyi"`, and for the floor.
+        floor: Every leaf keeps at least the `ceil(floor · n)` highest of its `n` counted weights, whatever the
+            scope, so that no layer collapses; the total is met by the others. Up to rounding: a product
+            within 0.001 of an integer is that integer.
 
     Returns:
         A params-tree of bool, True = survives, True on every weight that scores `+inf`. Under
-        `jit`, a leaf with a NaN score keeps its previous mask and is not counted.
+        `jit`, a leaf with a NaN score keeps its previous mask and is not counted, and where
+        sparsity and floor cannot both be met the floor holds and less is pruned.
 
     Raises:
         ValueError: No scores; sparsity outside [0, 1] or NaN; a NaN or `-inf` score (outside `jit`); a
             mapping with `"erdos_renyi"` or a pattern that matches no leaf; `previous` of another
-            shape or not bool.
+            shape or not bool; a floor outside [0, 1], or one that does not go with the sparsity or with
+            `previous` (outside `jit`).
 
     Cost:
-        33 passes over the scores: `33d` comparisons, about 16 bytes a weight.
+        33 passes over the scores: `33d` comparisons, about 16 bytes a weight. As much again for a floor.
 
     References:
         Zhu & Gupta 2017 (arXiv 1710.01878) for magnitude; Evci et al., RigL, 2020
@@ -83,37 +89,73 @@ def make_masks(
         >>> wj.make_masks({"w": jnp.array([3.0, 1.0, 2.0, 4.0])}, 0.5)["w"].tolist()
         [True, False, False, True]
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(scores)
-    names = [path_name(path) for path, _ in paths]
     if scope not in ("global", "leaf", "erdos_renyi"):
         raise ValueError(f"scope is {scope!r}: choose 'global', 'leaf' or 'erdos_renyi'; a mapping goes in sparsity.")
     check_sparsity(sparsity)
-    if not names:
-        raise ValueError("scores have no leaves: pass a params-tree of floats.")
-    if previous is not None:
-        check_like(previous, scores, "previous")
-        check_bool(previous, "previous")
-    before = [None] * len(names) if previous is None else jax.tree.leaves(previous)
-    leaves = [_ranked(name, leaf, mask) for name, (_, leaf), mask in zip(names, paths, before, strict=True)]
-    if scope == "global":
-        pruned = _lowest_of_groups(leaves, sparsity_groups(sparsity, names))
+    names, leaves = ranked_leaves(scores, previous)
+    rows = [leaf.reshape(math.prod(leaf.shape[:batch_axes]), math.prod(leaf.shape[batch_axes:])) for leaf in leaves]
+    sizes = [_count(row) for row in rows]
+    least, rows = protect_highest(names, rows, floor)
+    if scope == "erdos_renyi":
+        if isinstance(sparsity, Mapping):
+            raise ValueError("sparsity is a mapping, which says what leaves get: pass scope='leaf' or 'global'.")
+        total = prune_count(sparsity, _total(sizes))
+        counts = erdos_renyi_counts(total, sizes, least, tuple(leaf.shape[batch_axes:] for leaf in leaves))
+        pruned, wanted = lowest(rows, counts), total
     else:
-        rows = [leaf.reshape(math.prod(leaf.shape[:batch_axes]), math.prod(leaf.shape[batch_axes:])) for leaf in leaves]
-        sizes = [jnp.sum(~jnp.isposinf(row), axis=1) for row in rows]
-        if scope == "erdos_renyi":
-            if isinstance(sparsity, Mapping):
-                raise ValueError("sparsity is a mapping, which says what leaves get: pass scope='leaf' or 'global'.")
-            shapes = tuple(leaf.shape[batch_axes:] for leaf in leaves)
-            total = prune_count(sparsity, jnp.sum(jnp.concatenate(sizes)))
-            counts = _erdos_renyi_counts(total, sizes, shapes)
+        groups = sparsity_groups(sparsity, names)
+        if scope == "global":
+            merged = [_merge([rows[i] for i in group.members]) for group in groups]
+            counts = [prune_count(group.sparsity, _total([sizes[i] for i in group.members])[None]) for group in groups]
+            marked = lowest(merged, counts)
+            pruned = _split(marked, [group.members for group in groups], rows)
         else:
-            share = {i: group.sparsity for group in sparsity_groups(sparsity, names) for i in group.members}
+            share = {i: group.sparsity for group in groups for i in group.members}
             counts = [prune_count(share[i], n) for i, n in enumerate(sizes)]
-        pruned = lowest(rows, counts)
-    masks = [~p.reshape(leaf.shape) for p, leaf in zip(pruned, leaves, strict=True)]
-    if previous is not None:
-        masks = [mask & old for mask, old in zip(masks, jax.tree.leaves(previous), strict=True)]
-    return jax.tree.unflatten(treedef, masks)
+            pruned = lowest(rows, counts)
+        wanted = _total(counts)
+    if floor > 0:
+        _check_met(_total(pruned), wanted, floor)
+    kept = [~p.reshape(leaf.shape) for p, leaf in zip(pruned, leaves, strict=True)]
+    masks = jax.tree.unflatten(jax.tree.structure(scores), kept)
+    return masks if previous is None else jax.tree.map(jnp.logical_and, masks, previous)
+
+
+def protect_highest(
+    names: list[str], rows: list[Float[Array, "r _"]], floor: float
+) -> tuple[list[Int[Array, " r"]], list[Float[Array, "r _"]]]:
+    """Take the highest scores of every row out of the ranking.
+
+    Args:
+        names: Of the rows' leaves.
+        rows: Scores; `-inf` on what is pruned already.
+        floor: Fraction of the counted weights to protect, in [0, 1].
+
+    Returns:
+        How many of each row are protected, and the scores, `+inf` where they are.
+
+    Raises:
+        ValueError: A floor outside [0, 1], or one above what was kept before (outside `jit`).
+
+    Cost:
+        33 passes; none without a floor.
+    """
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor is {floor}: it is the fraction of every leaf that stays, between 0 and 1.")
+    if floor == 0:
+        return [jnp.zeros(row.shape[0], jnp.int32) for row in rows], rows
+    sizes = [_count(row) for row in rows]
+    least = [_ceil_count(floor, size) for size in sizes]
+    for name, row, count in zip(names, rows, least, strict=True):
+        left = jnp.sum(jnp.isfinite(row), axis=1)
+        if not isinstance(left, jax.core.Tracer) and jnp.any(left < count):
+            raise ValueError(
+                f"floor is {floor}: leaf '{name}' should keep {int(jnp.max(count))} weights, but the previous masks "
+                f"left {int(jnp.min(left))} of them. Lower the floor."
+            )
+    marked = lowest(rows, [size - count for size, count in zip(sizes, least, strict=True)])
+    protected = [~low & ~jnp.isneginf(row) for low, row in zip(marked, rows, strict=True)]
+    return least, [jnp.where(high, jnp.inf, row) for high, row in zip(protected, rows, strict=True)]
 
 
 def nonfinite_scores(scores: Scores) -> Int[Array, ""]:
@@ -186,18 +228,12 @@ def prune_count(sparsity: Fraction, size: Int[Array, "..."]) -> Int[Array, "..."
         >>> int(wj.prune_count(0.9, 32_360))
         29124
     """
-    if isinstance(sparsity, ExactSparsity):
-        head, tail = sparsity
-    else:
+    if not isinstance(sparsity, ExactSparsity):
         if not isinstance(sparsity, float | int):
             sparsity = jnp.clip(jnp.nan_to_num(jnp.asarray(sparsity, jnp.float32), nan=0.0), 0, 1)
-        scaled = sparsity * 4096
-        head = round(scaled)
-        tail = scaled - head
-    head, tail, size = jnp.asarray(head, jnp.int32), jnp.asarray(tail, jnp.float32), jnp.asarray(size, jnp.int32)
-    low = head * (size % 4096)
-    base = head * (size // 4096) + low // 4096
-    rest = ((low % 4096).astype(jnp.float32) + tail * size.astype(jnp.float32)) / 4096
+        head = round(sparsity * 4096)
+        sparsity = ExactSparsity(head, sparsity * 4096 - head)
+    base, rest = _product(sparsity, size)
     odd = base % 2  # halves to even are those of the sum, not of the rest
     return base - odd + jnp.round(rest + odd).astype(jnp.int32)
 
@@ -246,28 +282,6 @@ def check_sparsity(sparsity: Sparsity) -> None:
         raise ValueError(f"sparsity is {float(sparsity)}: it is the fraction to prune, between 0 and 1.")
 
 
-def is_broken(leaf: Float[Array, "..."]) -> Bool[Array, ""]:
-    """Does a leaf of scores hold NaN or `-inf`, which no criterion means?"""
-    return jnp.any(jnp.isnan(leaf) | jnp.isneginf(leaf))
-
-
-def _ranked(name: str, leaf: Any, previous: Bool[Array, "..."] | None) -> Float[Array, "..."]:
-    leaf = jnp.asarray(leaf)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"Scores of leaf '{name}' are {leaf.dtype}: scores are floats.")
-    leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    broken = is_broken(leaf)
-    if not isinstance(broken, jax.core.Tracer) and broken:
-        bad = int(jnp.sum(jnp.isnan(leaf) | jnp.isneginf(leaf)))
-        raise ValueError(
-            f"Scores of leaf '{name}' hold {bad} NaN or -inf of {leaf.size}: look for NaN in the batch, "
-            "the parameters and the gradients, or raise the damping."
-        )
-    if previous is not None:
-        leaf = jnp.where(previous, leaf, -jnp.inf)
-    return jnp.where(broken, jnp.inf, leaf)
-
-
 class Group(NamedTuple):
     """Leaves that share a sparsity."""
 
@@ -301,90 +315,45 @@ def sparsity_groups(sparsity: Sparsity, names: list[str]) -> list[Group]:
     return [Group(key, 0.0 if key is None else sparsity[key], group) for key, group in members.items() if group]
 
 
-def _lowest_of_groups(leaves: list[Float[Array, "..."]], groups: list[Group]) -> list[Bool[Array, "..."]]:
-    flats = [jnp.concatenate([leaves[i].reshape(-1) for i in group.members])[None] for group in groups]
-    counts = [
-        prune_count(group.sparsity, jnp.sum(~jnp.isposinf(flat), axis=1))
-        for group, flat in zip(groups, flats, strict=True)
-    ]
-    pruned: dict[int, Bool[Array, "..."]] = {}
-    for group, marked in zip(groups, lowest(flats, counts), strict=True):
-        ends = np.cumsum([leaves[i].size for i in group.members])[:-1]
-        parts = jnp.split(marked[0], ends)
-        pruned |= {i: part.reshape(leaves[i].shape) for i, part in zip(group.members, parts, strict=True)}
-    return [pruned[i] for i in range(len(leaves))]
+def _merge(rows: list[Float[Array, "r _"]]) -> Float[Array, "1 _"]:
+    return jnp.concatenate([row.reshape(-1) for row in rows])[None]
 
 
-@jax.jit
-def lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> list[Bool[Array, "r _"]]:
-    """Mark exactly `counts[i]` smallest entries in each row, ties by index.
-
-    Args:
-        rows: Floats, all of one dtype; no NaN.
-        counts: How many to mark, for each row.
-
-    Returns:
-        True on the entries marked.
-
-    Cost:
-        33 passes.
-    """
-    keys = [_sortable(row) for row in rows]
-    bits = keys[0].dtype.itemsize * 8
-    one = jnp.ones((), keys[0].dtype)
-
-    def count_below(key: Array, threshold: Array) -> Array:
-        return jnp.sum(key < threshold[:, None], axis=1, dtype=jnp.int32)
-
-    def set_bit(i: Array, thresholds: list[Array]) -> list[Array]:
-        bit = one << (bits - 1 - i).astype(one.dtype)
-        return [
-            jnp.where(count_below(key, t | bit) < count, t | bit, t)
-            for key, t, count in zip(keys, thresholds, counts, strict=True)
-        ]
-
-    # After the loop: the largest threshold that fewer than `count` keys lie below, the count-th smallest key.
-    thresholds = lax.fori_loop(0, bits, set_bit, [jnp.zeros(key.shape[0], key.dtype) for key in keys])
-    marked = []
-    for key, threshold, count in zip(keys, thresholds, counts, strict=True):
-        ties = key == threshold[:, None]
-        room = count - count_below(key, threshold)
-        marked.append((key < threshold[:, None]) | (ties & (jnp.cumsum(ties, axis=1) <= room[:, None])))
-    return marked
+def _split(
+    merged: list[Bool[Array, "1 _"]], members: list[list[int]], like: list[Float[Array, "r _"]]
+) -> list[Bool[Array, "r _"]]:
+    parts: dict[int, Bool[Array, "r _"]] = {}
+    for row, group in zip(merged, members, strict=True):
+        ends = np.cumsum([like[i].size for i in group])[:-1]
+        parts |= {i: part.reshape(like[i].shape) for i, part in zip(group, jnp.split(row[0], ends), strict=True)}
+    return [parts[i] for i in range(len(like))]
 
 
-def _sortable(x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Unsigned integers in the order of the floats; -0 and 0 are one value."""
-    unsigned = jnp.uint64 if x.dtype.itemsize == 8 else jnp.uint32
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)  # x + 0 is simplified away
-    sign = jnp.asarray(1, unsigned) << (x.dtype.itemsize * 8 - 1)
-    return jnp.where(bits & sign != 0, ~bits, bits | sign)
+def _total(parts: list[Array]) -> Int[Array, ""]:
+    return sum((jnp.sum(part, dtype=jnp.int32) for part in parts), start=jnp.zeros((), jnp.int32))
 
 
-@partial(jax.jit, static_argnames="shapes")
-def _erdos_renyi_counts(
-    total: Int[Array, ""],
-    sizes: list[Int[Array, " r"]],
-    shapes: tuple[tuple[int, ...], ...],
-) -> list[Int[Array, " r"]]:
-    """Split a count over leaves so that density is proportional to `Σ axes / Π axes`, at most 1."""
-    size = jnp.concatenate(sizes)
-    raw = [sum(shape) / max(math.prod(shape), 1) for shape in shapes]
-    raw = jnp.repeat(jnp.array(raw, jnp.float32), jnp.array([len(s) for s in sizes]), total_repeat_length=len(size))
-    kept = (jnp.sum(size) - total).astype(jnp.float32)
+def _count(row: Float[Array, "r _"]) -> Int[Array, " r"]:
+    return jnp.sum(~jnp.isposinf(row), axis=1)
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) / 2
-        enough = jnp.sum(jnp.minimum(1.0, middle * raw) * size) >= kept
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    top = 1 / jnp.min(jnp.where(raw > 0, raw, 1.0))
-    _, scale = lax.fori_loop(0, 40, halve, (jnp.zeros(()), top))
-    ideal = (1 - jnp.minimum(1.0, scale * raw)) * size
-    counts = jnp.floor(ideal).astype(jnp.int32)
-    order = jnp.argsort(jnp.argsort(-(ideal - counts), stable=True), stable=True)  # largest remainder first
-    counts = jnp.minimum(counts + (order < total - jnp.sum(counts)), size)
-    largest = jnp.argmax(size)  # takes what float error left over
-    counts = counts.at[largest].add(total - jnp.sum(counts))
-    return jnp.split(counts, np.cumsum([len(s) for s in sizes])[:-1])
+def _ceil_count(floor: float, size: Int[Array, "..."]) -> Int[Array, "..."]:
+    base, rest = _product(exact_sparsity(floor), size)
+    return jnp.minimum(base + jnp.ceil(rest - CEIL_SLACK).astype(jnp.int32), size)
+
+
+def _product(sparsity: ExactSparsity, size: Int[Array, "..."]) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+    """`sparsity · size` as an integer and what is left."""
+    head, tail = jnp.asarray(sparsity.head, jnp.int32), jnp.asarray(sparsity.tail, jnp.float32)
+    size = jnp.asarray(size, jnp.int32)
+    low = head * (size % 4096)
+    base = head * (size // 4096) + low // 4096
+    return base, ((low % 4096).astype(jnp.float32) + tail * size.astype(jnp.float32)) / 4096
+
+
+def _check_met(pruned: Int[Array, ""], wanted: Int[Array, ""], floor: float) -> None:
+    if not isinstance(pruned, jax.core.Tracer) and pruned != wanted:
+        raise ValueError(
+            f"floor is {floor}: it leaves {int(pruned)} weights to prune where the sparsity asks for {int(wanted)}. "
+            "Lower the floor or the sparsity."
+        )

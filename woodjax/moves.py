@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import map_blocks
-from woodjax.masks import lowest
+from woodjax.ranking import lowest
 
 SHORTLIST = 64  # weights on either side among which exchanges are priced exactly
 LIPSCHITZ_MARGIN = 1.05  # on the largest eigenvalue, which power iteration finds from below

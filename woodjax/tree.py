@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from woodjax.typing import Select
 
@@ -165,6 +165,21 @@ class Layout:
             leaves.append(rows[:, : spec.row_size].reshape(spec.shape))
             start += spec.rows * padded
         return jax.tree.unflatten(self.treedef, leaves)
+
+    def positions(self, number: int, indices: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Where coordinates of a leaf stand among the blocks.
+
+        Args:
+            number: Of the leaf in `self.leaves`; a selected one.
+            indices: Into the leaf, flattened in row-major order.
+
+        Returns:
+            Indices into the blocks, flattened.
+        """
+        padding = [0 if self.whole else -spec.row_size % self.block_size for spec in self.leaves]
+        earlier = zip(self.leaves[:number], padding, strict=False)
+        start = sum(spec.size + spec.rows * extra for spec, extra in earlier if spec.selected)
+        return start + indices + indices // self.leaves[number].row_size * padding[number]
 
     def flatten(self, tree: PyTree) -> list[Any]:
         """Flatten a tree that must have the layout's structure.

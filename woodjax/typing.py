@@ -30,6 +30,9 @@ Scores: TypeAlias = PyTree
 Masks: TypeAlias = PyTree
 """A params-tree of full-shape bool: True = survives."""
 
+Groups: TypeAlias = PyTree
+"""A params-tree of indices `[groups, size]` into each leaf, flattened; `[0, 0]` on leaves without groups."""
+
 Updates: TypeAlias = PyTree
 """A params-tree for `optax.apply_updates`."""
 

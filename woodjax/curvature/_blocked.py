@@ -7,26 +7,90 @@ keeps padding and unselected leaves out of every answer.
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from woodjax import linalg
 from woodjax.curvature.protocol import compiled
 from woodjax.tree import Layout
-from woodjax.typing import Masks, Params, Updates
+from woodjax.typing import Groups, Masks, Params, Updates
 
 INVERSION_BYTES = 52  # of workspace for each entry of a matrix that is factored and inverted, as compiled
 WORKSPACE = 2**26  # bytes that a step over several blocks may take beside its input and result
 
 
 @dataclass(frozen=True)
-class Blocked(abc.ABC):
-    """A curvature that is block-diagonal in the blocks of a layout."""
+class Grouped(abc.ABC):
+    """A curvature that answers for groups from `[H⁻¹]_QQ` of some of them at a time.
+
+    Leaves whose groups can be looked up together are one `part`, and one program for each size of groups.
+    """
 
     layout: Layout
+
+    @abc.abstractmethod
+    def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
+        """The part that a leaf belongs to, and where in it the weights of the leaf's groups stand."""
+
+    @abc.abstractmethod
+    def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
+        """`[H⁻¹]_QQ` of some groups of a part, all at once."""
+
+    def costs(self, part: int, places: Int[Array, "c q"], target: Float[Array, "c q"]) -> Float[Array, " c"]:
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of some groups of a part, all at once."""
+        inverse = self.submatrices(part, places)
+        if len(inverse) == 1:  # no batch of LAPACK calls where there is one group
+            return linalg.group_cost(inverse[0], target[0])[None]
+        return jax.vmap(linalg.group_cost)(inverse, target)
+
+    def group_bytes(self, size: int) -> int:
+        """Workspace for one group."""
+        return INVERSION_BYTES * size * size
+
+    @compiled
+    def group_inverse(self, groups: Groups) -> Params:
+        """`[H⁻¹]_QQ` of every group, `[n, q, q]` for each leaf. Correlations that `H` does not hold are zero."""
+        return self._group_answers(self.submatrices, groups)
+
+    @compiled
+    def group_costs(self, target: Params, groups: Groups) -> Params:
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of every group, `[n]` for each leaf, a bounded workspace of groups at a time."""
+        jax.eval_shape(self.layout.to_blocks, target)  # checks structure and shapes
+        return self._group_answers(self.costs, groups, target)
+
+    def _group_answers(self, function: Callable[..., Array], groups: Groups, target: Params | None = None) -> Params:
+        indices = self.layout.flatten(groups)
+        values = [None] * len(indices) if target is None else self.layout.flatten(target)
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(self))
+        together: dict[tuple[int, int], list[tuple[int, list[Array]]]] = {}
+        for leaf, (at, w) in enumerate(zip(indices, values, strict=True)):
+            if len(at) and not self.layout.leaves[leaf].selected:
+                raise ValueError(f"Leaf '{self.layout.leaves[leaf].path}' is not prunable: it has no groups.")
+            if len(at):
+                part, places = self.group_places(leaf, at)
+                per_group = [places] if w is None else [places, w.reshape(-1)[at].astype(dtype)]
+                together.setdefault((part, at.shape[1]), []).append((leaf, per_group))
+        results = [jnp.zeros((0,) if target is not None else (0, *at.shape[1:] * 2), dtype) for at in indices]
+        done = jnp.zeros((), dtype)
+        for (part, _), members in together.items():  # one after another
+            places, *targets = (jnp.concatenate(parts) for parts in zip(*(held for _, held in members), strict=True))
+            waiting = places + after(jnp.zeros((), dtype), done).astype(places.dtype)
+            done = _stream(partial(function, part), self.group_bytes, waiting, *targets)
+            ends = np.cumsum([len(held[0]) for _, held in members])[:-1]
+            for (leaf, _), result in zip(members, jnp.split(done, ends), strict=True):
+                results[leaf] = result
+        return jax.tree.unflatten(self.layout.treedef, results)
+
+
+@dataclass(frozen=True)
+class Blocked(Grouped):
+    """A curvature that is block-diagonal in the blocks of a layout."""
 
     @abc.abstractmethod
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
@@ -48,6 +112,10 @@ class Blocked(abc.ABC):
         gradient: Float[Array, "nb b"] | None,
     ) -> Float[Array, "nb b"]:
         """Constrained minimiser, block by block."""
+
+    def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
+        """All leaves are one part: places among the flattened blocks."""
+        return 0, self.layout.positions(leaf, groups)
 
     @compiled
     def inverse_diagonal(self) -> Params:
@@ -147,3 +215,20 @@ def blocks_at_once(bytes_each: int) -> int:
         At least 1.
     """
     return 1 if jax.default_backend() == "cpu" else max(1, WORKSPACE // bytes_each)
+
+
+def _stream(
+    function: Callable[..., Array], bytes_each: Callable[[int], int], groups: Int[Array, "n q"], *more: Array
+) -> Array:
+    """Apply a function of some groups to all of them, within a bounded workspace."""
+    n, q = groups.shape
+    at_once = max(1, linalg.COLUMN_WINDOW // q) if q <= linalg.ELIMINATED else blocks_at_once(bytes_each(q))
+    if n <= at_once:
+        return function(groups, *more)
+
+    def chunks(x: Any) -> Array:
+        padded = jnp.pad(x, [(0, -n % at_once)] + [(0, 0)] * (x.ndim - 1), mode="edge")
+        return padded.reshape(-1, at_once, *x.shape[1:])
+
+    results = lax.map(lambda some: function(*some), tuple(map(chunks, (groups, *more))))
+    return results.reshape(-1, *results.shape[2:])[:n]

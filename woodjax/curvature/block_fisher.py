@@ -81,6 +81,12 @@ class BlockFisher(Blocked):
         """`b³/3` flops a block."""
         return self._map(linalg.joint_step_inverse, weights, kept, gradient)
 
+    def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
+        """Read the entries; zero between weights of different blocks."""
+        block, place = jnp.divmod(places, self.layout.block_size)
+        entries = self.inverse[block[:, :, None], place[:, :, None], place[:, None, :]]
+        return jnp.where(block[:, :, None] == block[:, None, :], entries, 0)
+
     def _map(self, function: Callable[..., Array], *per_block: Array | None) -> Float[Array, "nb b"]:
         return map_chunks(
             lambda block: function(*block), (self.inverse, *per_block), INVERSION_BYTES * self.inverse[0].size

@@ -68,6 +68,15 @@ class DiagonalFisher(Blocked):
         step = jnp.zeros_like(weights) if gradient is None else -gradient / self.blocks
         return jnp.where(kept, step, -weights)
 
+    def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
+        """`diag(1/h_Q)`."""
+        inverse = 1 / self.blocks.reshape(-1)[places]
+        return inverse[..., None] * jnp.eye(places.shape[1], dtype=inverse.dtype)
+
+    def costs(self, part: int, places: Int[Array, "c q"], target: Float[Array, "c q"]) -> Float[Array, " c"]:
+        """`½ Σ h t²`."""
+        return 0.5 * jnp.sum(self.blocks.reshape(-1)[places] * target**2, axis=1)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["squares", "count"], meta_fields=["layout"])
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
-from woodjax.tree import check_like
-from woodjax.typing import Masks, Params, Updates
+from woodjax.tree import Layout, check_like
+from woodjax.typing import Groups, Masks, Params, Updates
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -59,6 +59,27 @@ class Curvature(Protocol):
 
     def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
         """Exact minimiser `δ` of `ḡᵀδ + ½δᵀHδ` subject to `δ_Q = −w_Q`, all of `Q` at once."""
+        ...
+
+
+@runtime_checkable
+class GroupCurvature(Curvature, Protocol):
+    """A curvature that can be asked about groups of weights as well: what N:M, blocks, rows and filters need.
+
+    `groups` are indices `[n, q]` into each flattened leaf, `[0, 0]` for a leaf without groups.
+    """
+
+    @property
+    def layout(self) -> Layout:
+        """Which leaves are prunable."""
+        ...
+
+    def group_inverse(self, groups: Groups) -> Params:
+        """`[H⁻¹]_QQ` of every group, `[n, q, q]` for each leaf: for groups of a few weights."""
+        ...
+
+    def group_costs(self, target: Params, groups: Groups) -> Params:
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of every group, `[n]` for each leaf."""
         ...
 
 

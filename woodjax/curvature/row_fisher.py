@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
-from woodjax.curvature._blocked import INVERSION_BYTES, after, map_chunks
+from woodjax.curvature._blocked import INVERSION_BYTES, Grouped, after, map_chunks
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, count_raised, resolve_damping, split_damping
 from woodjax.curvature.protocol import compiled
 from woodjax.curvature.sums import layout_of
@@ -34,10 +34,9 @@ Sums = list[Float[Array, "out fan_in fan_in"]]
 
 @partial(jax.tree_util.register_dataclass, data_fields=["inverses", "damping", "raised"], meta_fields=["layout"])
 @dataclass(frozen=True)
-class RowFisher:
+class RowFisher(Grouped):
     """Inverse row blocks, one array for each prunable leaf. Made by `row_fisher`."""
 
-    layout: Layout
     inverses: Sums
     damping: Float[Array, " rows"]  # as used, of all rows of all leaves
     raised: Int[Array, ""]  # rows where it was raised
@@ -64,6 +63,17 @@ class RowFisher:
         if gradient is None:
             return self._map(linalg.joint_step_inverse, params, masks)
         return self._map(linalg.joint_step_inverse, params, masks, gradient)
+
+    def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
+        """A leaf is a part."""
+        return sum(spec.selected for spec in self.layout.leaves[:leaf]), groups
+
+    def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
+        """Read the entries; zero between weights of different output units."""
+        inverse = self.inverses[part]
+        row, unit = jnp.divmod(places, len(inverse))
+        entries = inverse[unit[:, :, None], row[:, :, None], row[:, None, :]]
+        return jnp.where(unit[:, :, None] == unit[:, None, :], entries, 0)
 
     def _map(self, function: Callable[..., Array], *trees: Params) -> Params:
         operands = zip(self.inverses, *(_rows(self.layout, tree) for tree in trees), strict=True)

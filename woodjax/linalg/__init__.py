@@ -32,6 +32,14 @@ from woodjax.linalg.dual import (
     window_inverse_diagonal,
 )
 from woodjax.linalg.greedy import greedy_trace
+from woodjax.linalg.groups import (
+    ELIMINATED,
+    MAX_SUBSETS,
+    cheapest_subset,
+    dual_group_cost,
+    dual_submatrices,
+    group_cost,
+)
 from woodjax.linalg.path import path_losses
 from woodjax.linalg.products import COLUMN_WINDOW, contract, gram
 from woodjax.linalg.support import Support, exchange_scales, quadratic, solve_support, survivor_gram
@@ -39,17 +47,23 @@ from woodjax.linalg.woodbury import woodbury_scan, woodbury_scan_rank_k
 
 __all__ = [
     "COLUMN_WINDOW",
+    "ELIMINATED",
+    "MAX_SUBSETS",
     "DampedInverse",
     "Support",
     "Whitener",
+    "cheapest_subset",
     "contract",
+    "dual_group_cost",
     "dual_inverse",
     "dual_inverse_diagonal",
     "dual_solve",
+    "dual_submatrices",
     "exchange_scales",
     "fisher_inverse",
     "gram",
     "greedy_trace",
+    "group_cost",
     "joint_step_gram",
     "joint_step_inverse",
     "joint_steps_gram",

@@ -96,7 +96,7 @@ def leverage(root: Float[Array, "m m"], columns: Float[Array, "m w"]) -> Float[A
         About `1.25m²w` flops: the zeros of the triangle are skipped by panels.
     """
     total = jnp.zeros(columns.shape[1], jnp.promote_types(columns.dtype, jnp.float32))
-    for start, end in _panels(root.shape[0]):
+    for start, end in row_panels(root.shape[0]):
         z = contract("ij,jb->ib", root[start:end, :end], columns[:end])
         total += contract("ib,ib->b", z, z)
     return total
@@ -116,7 +116,7 @@ def lower_gram(rows: Float[Array, "m w"]) -> Float[Array, "m m"]:
     """
     m = rows.shape[0]
     lower = jnp.zeros((m, m), jnp.promote_types(rows.dtype, jnp.float32))
-    for start, end in _panels(m):
+    for start, end in row_panels(m):
         lower = lax.dynamic_update_slice(lower, contract("ib,jb->ij", rows[start:end], rows[:end]), (start, 0))
     return jnp.tril(lower)
 
@@ -136,7 +136,7 @@ def mirror(lower: Float[Array, "m m"]) -> Float[Array, "m m"]:
     return lower + jnp.tril(lower, -1).T
 
 
-def _panels(m: int) -> list[tuple[int, int]]:
-    # Few enough to be unrolled: at most four, each of at least ROW_PANEL rows.
+def row_panels(m: int) -> list[tuple[int, int]]:
+    """Ranges of rows, few enough to be unrolled: at most four, each of at least `ROW_PANEL` rows."""
     height = max(ROW_PANEL, -(-m // 4))
     return [(start, min(start + height, m)) for start in range(0, m, height)]
