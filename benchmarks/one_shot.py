@@ -3,8 +3,8 @@
     python benchmarks/one_shot.py --network mlpnet --data-dir DIR --seeds 0,1,2,3,4 --json OUT.jsonl
     python benchmarks/render.py OUT.jsonl
 
-`DIR` holds the TFDS directories, `cifar10_exact_subset.npz` and `checkpoints/`. `--quick` trains a small
-network on the embedded digits instead and needs no folder.
+`DIR` holds the TFDS directories, `cifar10_exact_subset.npz` and `checkpoints/`. `--quick` prunes MLPNet to three
+sparsities with fewer gradients, or, without a folder, a small network trained on the embedded digits.
 """
 
 import sys
@@ -26,6 +26,7 @@ from woodjax import (
     per_example_gradients,
 )
 from woodjax.comparison import Problem, load_problem, measure
+from woodjax.one_shot import OneShotInfo, Stage
 from woodjax.recipes import Recipe, recipes
 
 
@@ -34,7 +35,7 @@ class Row(NamedTuple):
 
     recipe: Recipe
     examples: int
-    damping: float
+    damping: float | None  # None: the method chooses
 
 
 class Setting(NamedTuple):
@@ -48,11 +49,19 @@ class Setting(NamedTuple):
 
 def row(name: str, examples: int = 0, damping: float = 1e-5, **options: Any) -> Row:
     """A recipe by name, with its damping and number of examples."""
-    return Row(recipes(damping=damping, **options)[name], examples, damping)
+    return Row(recipes(damping=damping, **options)[name], examples, damping if examples else None)
 
 
-def setting(network: str) -> Setting:
+def setting(network: str, *, quick: bool) -> Setting:
     """What is measured for a network, and how."""
+    automatic = {"auto": row("auto"), "auto-first-order": row("auto-first-order")}
+    if network == "mlpnet" and quick:
+        rows = {
+            "magnitude": row("magnitude"),
+            "joint-staged": row("joint-staged", 500, stages=16),
+            "auto": row("auto", 500, None),
+        }
+        return Setting("mnist", "checkpoints/mlpnet_mnist.safetensors", (0.9, 0.95, 0.98), rows)
     if network == "mlpnet":
         return Setting(
             "mnist",
@@ -65,6 +74,7 @@ def setting(network: str) -> Setting:
                 "sum": row("sum", 4000, 1e-3),
                 "joint": row("joint", 1000, 1e-5),
                 "joint-staged": row("joint-staged", 1000, 1e-5, stages=16),
+                **automatic,
             },
         )
     if network == "resnet20":
@@ -79,12 +89,14 @@ def setting(network: str) -> Setting:
                 "woodfisher-staged": row("woodfisher-staged", 500, 1e-4, stages=8),
                 "joint": row("joint", 500, 1e-4),
                 "joint-staged": row("joint-staged", 500, 1e-4, stages=8),
+                **automatic,
             },
         )
     rows = {
         "magnitude": row("magnitude"),
         "joint": row("joint", 500),
         "joint-staged": row("joint-staged", 500, stages=4),
+        **automatic,
     }
     return Setting("digits", None, (0.5, 0.9), rows)
 
@@ -106,7 +118,7 @@ def seconds(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - start
 
 
-def time_parts(problem: Problem, examples: int, damping: float, sparsity: float) -> dict[str, float]:
+def time_parts(problem: Problem, examples: int, damping: float | None, sparsity: float) -> dict[str, float]:
     """Seconds of each part of one stage with the whole-network Fisher, compiled before."""
     params = problem.params
     batch = jax.tree.map(lambda x: x[:examples], problem.pool)
@@ -139,8 +151,8 @@ def main() -> int:
     options.add_argument("--network", default="mlpnet", choices=["mlpnet", "resnet20", "digits-mlp"])
     options.add_argument("--methods", nargs="*", help="only these rows; none for the times of the parts alone")
     args = options.parse_args()
-    network = "digits-mlp" if args.quick else args.network
-    plan = setting(network)
+    network = "digits-mlp" if args.quick and not args.data_dir else "mlpnet" if args.quick else args.network
+    plan = setting(network, quick=args.quick)
     weights = None if plan.weights is None else args.data_dir and args.data_dir / plan.weights
     if plan.weights and not weights:
         options.error(f"--network {network} needs --data-dir with {plan.weights}")
@@ -160,13 +172,17 @@ def main() -> int:
         for name, seed, sparsity in todo:
             recipe, examples, damping = rows[name]
             target = published_count(sparsity, problem.num_weights)
-            result, _, _ = measure(problem, name, recipe, target, examples=examples, seed=seed)
-            config = {
-                "title": recipe.title,
-                "examples": examples,
-                "damping": damping,
-                "stages": recipe.stages,
-            }
+            infos: list[OneShotInfo | None] = []
+
+            def on_stage(stage: Stage, infos: list[OneShotInfo | None] = infos) -> None:
+                infos.append(stage.info)
+
+            result, _, _ = measure(problem, name, recipe, target, examples=examples, seed=seed, on_stage=on_stage)
+            config = {"title": recipe.title, "examples": examples, "damping": damping, "stages": len(infos)}
+            info = infos[-1]
+            if recipe.curvature == "auto" and info is not None:
+                config["examples"] = int(info.rows * info.examples_per_gradient)
+                config |= {"rows": int(info.rows), "held_out": int(info.held_out)}
             add = partial(record.add, method=name, column=recipe.column, sparsity=sparsity, seed=seed, config=config)
             add("accuracy", 100 * result.accuracy, "%")
             add("seconds", result.seconds, "s")
@@ -175,6 +191,8 @@ def main() -> int:
                 add("measured_loss_change", result.measured_loss_change, "nats")
             bars.advance(bar)
             bars.console.print(f"{name} seed {seed} sparsity {sparsity}: {100 * result.accuracy:.2f} %")
+    if "joint" not in plan.rows:
+        return 0
     timed = plan.rows["joint"]
     for part, value in time_parts(problem, timed.examples, timed.damping, 0.9).items():
         config = {"examples": timed.examples}

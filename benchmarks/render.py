@@ -12,6 +12,7 @@ import numpy as np
 import render_engines
 import render_gradual
 import render_inverse_quality
+import render_limited_data
 import render_overhead
 from matplotlib.figure import Figure
 from records import read
@@ -24,6 +25,7 @@ OTHERS = {
     "engines": render_engines,
     "gradual": render_gradual,
     "inverse_quality": render_inverse_quality,
+    "limited_data": render_limited_data,
     "transform_overhead": render_overhead,
 }
 README = Path(__file__).parent.parent / "README.md"
@@ -85,7 +87,8 @@ def table(records: list[Record]) -> str:
         cells = [cell(values(records, method, s, "accuracy")) for s in levels]
         times = [t for s in levels for t in values(records, method, s, "seconds")]
         seeds = len(values(records, method, levels[0], "accuracy"))
-        data = (f"{config['examples']}", f"{config['damping']:g}") if config["examples"] else ("", "")
+        damping = "chosen" if config["damping"] is None else f"{config['damping']:g}"
+        data = (f"{config['examples']}", damping) if config["examples"] else ("", "")
         head = [config["title"], row["column"], *data, str(seeds)]
         lines.append("| " + " | ".join([*head, *cells, f"{np.median(times):.1f}"]) + " |")
     parts = [r for r in records if r["metric"].startswith("seconds_")]

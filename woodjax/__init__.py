@@ -39,7 +39,7 @@ from woodjax.curvature import (
     streamed_fisher,
 )
 from woodjax.exact_obs import ExactObsInfo, exact_obs
-from woodjax.gradients import all_class_gradients, per_example_gradients, sampled_label_gradients
+from woodjax.gradients import all_class_gradients, per_example_gradients, sample_labels, sampled_label_gradients
 from woodjax.groups import expand_group_masks, group_scores, pattern_masks
 from woodjax.guarantee import GuaranteeInfo, prune_to_loss, split_batch
 from woodjax.hessian import DiagonalEstimate, gauss_newton_diagonal, hutchinson_diagonal, hvp
@@ -201,6 +201,7 @@ __all__ = [
     "refresh",
     "refresh_masks",
     "row_fisher",
+    "sample_labels",
     "sampled_label_gradients",
     "schedule_of",
     "search_masks",

@@ -16,11 +16,11 @@ DENSITY_DECAY = 1 / 8  # log of the density that a stage takes off: 31 stages to
 MOST_STAGES = 32
 ROWS = 1000  # of gradients in a stage
 EXAMPLES_PER_ROW = 8
-FIRST_ORDER_EXAMPLES_PER_ROW = 16
+FIRST_ORDER_EXAMPLES_PER_ROW = 64
 HELD_OUT_FRACTION, MOST_HELD_OUT, LEAST_HELD_OUT = 0.2, 2048, 8
 DAMPING_MULTIPLES = (0.1, 1.0, 10.0)
-FIRST_ORDER_MULTIPLES = (1.0, 10.0, 100.0)  # a Newton step leaves the model's region where damping is small
-STEPS = (0.0, 0.5, 0.7, 1.0, 1.4)
+FIRST_ORDER_MULTIPLES = (10.0, 100.0, 1000.0)  # a Newton step leaves the model's region where damping is small
+STEPS = (0.0, 0.25, 0.5, 0.7, 1.0, 1.4)
 
 
 class FixedChoices(TypedDict):

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=30, help="epochs of that training")
     add("--sparsity", type=float, nargs="+", default=SPARSITIES, help="fractions to prune")
     add("--method", nargs="+", default=METHODS, help="which of: " + ", ".join([*METHODS, "sum"]))
-    add("--examples", type=int, default=1000, help="examples of the train split for each stage")
+    add("--examples", type=int, default=1000, help="examples of the train split for each stage; auto chooses by itself")
     add(
         "--damping",
         default="1%",
@@ -135,7 +135,7 @@ def _prune(options: argparse.Namespace) -> None:
                     name,
                     known[name],
                     sparsity,
-                    examples=options.examples,
+                    examples=0 if known[name].curvature == "auto" else options.examples,
                     seed=options.seed,
                     microbatch_size=options.microbatch_size,
                     on_stage=lambda _, bar=bar: bars.advance(bar),

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from woodjax.probe import check_loss
 from woodjax.tree import path_name
@@ -119,6 +119,43 @@ def sampled_label_gradients(
     keys = jax.random.split(key, batch_size(inputs))
     check_apply(apply_fn, params, inputs)
     return _merge_rows(_map_rows(_SampledRows(apply_fn, samples), params, (inputs, keys), microbatch_size))
+
+
+def sample_labels(apply_fn: ApplyFn, params: Params, inputs: Batch, key: Key[Array, ""]) -> Int[Array, " n"]:
+    """Labels drawn from the model: they make a pool of examples out of inputs without labels.
+
+    The Fisher of losses at such labels is an estimate of the model's own. Draw them once, from the dense network, and
+    everything that takes a loss and examples works on `(inputs, labels)`.
+
+    Args:
+        apply_fn: `apply_fn(params, inputs) -> logits [n, C]`, eval mode.
+        params: A params-tree of floating leaves.
+        inputs: Inputs without labels, `[n, ...]`.
+        key: PRNG key.
+
+    Returns:
+        Labels `[n]`.
+
+    Raises:
+        ValueError: Inputs of different or zero length; logits not `[n, C]`.
+
+    Cost:
+        `n` forward passes.
+
+    References:
+        Kunstner, Hennig & Balles 2019 (arXiv 1905.12558), section 2.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, woodjax as wj
+        >>> certain = lambda params, x: jnp.stack([0 * x, 1e9 * x], axis=1)
+        >>> wj.sample_labels(certain, jnp.ones(1), jnp.array([1.0, -1.0]), jax.random.key(0)).tolist()
+        [1, 0]
+    """
+    size = batch_size(inputs)
+    logits = apply_fn(params, inputs)
+    if logits.ndim != 2 or logits.shape[0] != size:
+        raise ValueError(f"apply_fn returned {logits.shape} for {size} inputs: expected logits [{size}, C].")
+    return jax.random.categorical(key, logits)
 
 
 def all_class_gradients(

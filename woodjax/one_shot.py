@@ -199,12 +199,12 @@ def prune_one_shot(
     def loss(params: Params, number: int) -> Float[Array, ""]:
         if not measure_loss:
             return jnp.full((), jnp.nan)
-        return _mean_loss(params, examples_of(number), row_loss, microbatch_size=microbatch_size)
+        return jnp.mean(_losses(params, examples_of(number), row_loss, microbatch_size=microbatch_size))
 
     aside = take(size - 1 - jnp.arange(plan.held_out)) if plan.held_out else None
 
-    def held_out_loss(params: Params) -> Float[Array, ""]:
-        return _mean_loss(params, aside, row_loss, microbatch_size=microbatch_size)
+    def held_out_losses(params: Params) -> Float[Array, " n"]:
+        return _losses(params, aside, row_loss, microbatch_size=microbatch_size)
 
     infos, before = [], params
     stages_done = prune_stages(
@@ -218,7 +218,7 @@ def prune_one_shot(
         criterion=criterion,
         method=search.methods[0] if search else None,
         search=search if plan.held_out else None,
-        held_out_loss=held_out_loss,
+        held_out_losses=held_out_losses,
         scope=scope,
         batch_axes=batch_axes,
         first_order=first_order,
@@ -248,7 +248,7 @@ def prune_one_shot(
 
 
 @partial(jax.jit, static_argnames="microbatch_size")
-def _mean_loss(params: Params, examples: Batch, loss_row: LossRow, *, microbatch_size: int | None) -> Float[Array, ""]:
+def _losses(params: Params, examples: Batch, loss_row: LossRow, *, microbatch_size: int | None) -> Float[Array, " n"]:
     if microbatch_size is None:
-        return jnp.mean(jax.vmap(loss_row.loss, in_axes=(None, 0))(params, examples))
-    return jnp.mean(jax.lax.map(lambda x: loss_row.loss(params, x), examples, batch_size=microbatch_size))
+        return jax.vmap(loss_row.loss, in_axes=(None, 0))(params, examples)
+    return jax.lax.map(lambda x: loss_row.loss(params, x), examples, batch_size=microbatch_size)

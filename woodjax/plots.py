@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from woodjax.report import Report, Result
 
 COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")  # Okabe & Ito
-STYLE = {"mask": ":", "update": "--", "staged": "-"}
+STYLE = {"mask": ":", "update": "--", "staged": "-", "first_order": "-."}
 
 
 def summary_figure(report: Report) -> Figure:

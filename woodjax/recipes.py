@@ -100,7 +100,7 @@ def prune(
         params: The trained network.
         pool: Examples, `[n, ...]`.
         sparsity: Fraction to prune.
-        examples: Fresh examples of the pool for each stage; what has no knobs chooses for itself.
+        examples: Fresh examples of the pool for each stage; 0 leaves that to a recipe without knobs.
         key: Shuffles the pool.
         microbatch_size: Gradient rows computed at once.
         on_stage: Called after each stage.
@@ -121,7 +121,7 @@ def prune(
         prune_one_shot, loss_fn, params, pool, sparsity, key=key, microbatch_size=microbatch_size, on_stage=on_stage
     )
     if recipe.curvature == "auto":
-        return run(first_order=recipe.first_order)
+        return run(first_order=recipe.first_order, examples_per_stage=examples or None)
     return run(
         **{**FIXED, "stages": recipe.stages, "method": recipe.update},
         examples_per_stage=examples,

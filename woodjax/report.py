@@ -22,7 +22,7 @@ class Result:
 
     method: str
     title: str
-    column: str  # "mask", "update" or "staged"
+    column: str  # "mask", "update", "staged" or "first_order"
     sparsity: float  # asked
     reached: float
     accuracy: float

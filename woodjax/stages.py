@@ -59,7 +59,7 @@ def prune_stages(
     criterion: Criterion | None = None,
     method: Method | None = "joint",
     search: UpdateSearch | None = None,
-    held_out_loss: Callable[[Params], Float[Array, ""]] | None = None,
+    held_out_losses: Callable[[Params], Float[Array, " n"]] | None = None,
     scope: Scope = "global",
     batch_axes: int = 0,
     first_order: bool = False,
@@ -83,7 +83,7 @@ def prune_stages(
             curvature, gradient)` with `first_order`. None takes OBS, magnitude or WoodTaylor.
         method: As in `compensate`, or None to leave the survivors where they are.
         search: Candidates to choose the update from, in the place of `method`.
-        held_out_loss: With `search`, what chooses.
+        held_out_losses: With `search`, what chooses: losses at examples that no row is made from.
         scope: As in `make_masks`.
         batch_axes: As in `make_masks`.
         first_order: Use the mean gradient as well, for networks that are not at a minimum.
@@ -124,8 +124,8 @@ def prune_stages(
         ranked = scores if strict else jax.tree.map(lambda s: jnp.where(is_broken(s), jnp.inf, s), scores)
         new_masks = make_masks(ranked, target, scope=scope, previous=masks, batch_axes=batch_axes)
         update, choice = None, None
-        if search is not None and held_out_loss is not None and hessian is not None:
-            update, choice = choose_update(params, new_masks, hessian, gradient, search, held_out_loss)
+        if search is not None and held_out_losses is not None and hessian is not None:
+            update, choice = choose_update(params, new_masks, hessian, gradient, search, held_out_losses)
         params, masks, info = move(params, masks, new_masks, scores, hessian, gradient, update, choice, method=method)
         yield params, masks, info
 

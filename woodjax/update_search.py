@@ -4,6 +4,7 @@ A quadratic model says how the survivors should move, and examples that were hel
 how much damping, which rule, how long a step.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from jaxtyping import Array, Bool, Float
 from woodjax.compensation import Method, compensate
 from woodjax.curvature import Curvature, LowRankFisher
 from woodjax.typing import Masks, Params, Updates
+
+LARGE = 0.05  # a fall of the loss by this fraction needs no further proof
 
 
 class UpdateSearch(NamedTuple):
@@ -44,7 +47,7 @@ class UpdateChoice(NamedTuple):
     joint: Bool[Array, ""]  # else the sum of single-weight updates
     damping_multiple: Float[Array, ""]
     step: Float[Array, ""]
-    held_out_loss: Float[Array, ""]  # of the update that was taken; NaN where nothing was chosen
+    held_out_loss: Float[Array, ""]  # mean, of the update that was taken
     candidate_losses: Float[Array, " candidates"]  # of each rule and damping multiple at full step
     step_losses: Float[Array, " steps"]  # of the best of them at each step length
 
@@ -55,11 +58,13 @@ def choose_update(
     curvature: Curvature,
     gradient: Params | None,
     search: UpdateSearch,
-    held_out_loss: Callable[[Params], Float[Array, ""]],
+    held_out_losses: Callable[[Params], Float[Array, " n"]],
 ) -> tuple[Updates, UpdateChoice]:
-    """Take the update with the lowest loss on held-out examples.
+    """Take the update that held-out examples prefer.
 
-    First the rule and the damping, at full step; then the step length of the best.
+    First the rule and the damping, at full step; then the step length of the best. The middle one of the damping
+    multiples under the first rule, and the full step, stand unless another is better by more than one standard error
+    of the difference, example by example, or by 5 %: a choice that follows noise at every stage is worse than none.
 
     Args:
         params: A params-tree.
@@ -68,7 +73,7 @@ def choose_update(
             at theirs.
         gradient: Mean gradient of a network that is not at a minimum, or None.
         search: The candidates.
-        held_out_loss: Mean loss of a network over examples that the curvature was not made from.
+        held_out_losses: Losses of a network at examples that the curvature was not made from.
 
     Returns:
         The update, and what was chosen. A candidate whose loss is not finite is never chosen while another one's is.
@@ -82,21 +87,22 @@ def choose_update(
     candidates = search.candidates
     updates = _candidate_updates(params, masks, curvature, gradient, search=search)
     numbers = range(len(candidates))
-    losses = jnp.stack([held_out_loss(_moved(params, _take(updates, number))) for number in numbers])
-    best = _lowest(losses)
+    losses = jnp.stack([held_out_losses(_moved(params, _take(updates, number))) for number in numbers])
+    usual = len(search.damping_multiples) // 2 if search.methods[0] == "joint" else 0
+    best = _preferred(losses, usual)
     update = _take(updates, best)
     step_losses = jnp.stack([
-        losses[best] if t == 1 else held_out_loss(_moved(params, scale(update, masks, t))) for t in search.steps
+        losses[best] if t == 1 else held_out_losses(_moved(params, scale(update, masks, t))) for t in search.steps
     ])
-    length = _lowest(step_losses)
+    length = _preferred(step_losses, search.steps.index(1.0) if 1.0 in search.steps else 0)
     step = jnp.array(search.steps)[length]
     choice = UpdateChoice(
         joint=jnp.array([method == "joint" for method, _ in candidates])[best],
         damping_multiple=jnp.array([multiple for _, multiple in candidates])[best],
         step=step,
-        held_out_loss=step_losses[length],
-        candidate_losses=losses,
-        step_losses=step_losses,
+        held_out_loss=jnp.mean(step_losses[length]),
+        candidate_losses=jnp.mean(losses, axis=1),
+        step_losses=jnp.mean(step_losses, axis=1),
     )
     return scale(update, masks, step), choice
 
@@ -123,8 +129,14 @@ def _moved(params: Params, update: Updates) -> Params:
     return jax.tree.map(jnp.add, params, update)
 
 
-def _lowest(losses: Float[Array, " n"]) -> Array:
-    return jnp.argmin(jnp.where(jnp.isfinite(losses), losses, jnp.inf))
+def _preferred(losses: Float[Array, "candidates n"], usual: int) -> Array:
+    # The lowest mean, if it is below the usual one's by more than the standard error of the difference.
+    mean = jnp.mean(losses, axis=1)
+    best = jnp.argmin(jnp.where(jnp.isfinite(mean), mean, jnp.inf))
+    gain = losses[usual] - losses[best]
+    noise = jnp.std(gain) / math.sqrt(losses.shape[1])
+    clear = jnp.mean(gain) > jnp.minimum(noise, LARGE * mean[usual])  # one outlier has noise as large as its gain
+    return jnp.where(clear | ~jnp.isfinite(mean[usual]), best, usual)
 
 
 def _updates_of(
