@@ -149,6 +149,7 @@ def main() -> int:
     """Run one table."""
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--network", default="mlpnet", choices=["mlpnet", "resnet20", "digits-mlp"])
+    options.add_argument("--sparsities", help="only these of the table, comma-separated")
     options.add_argument("--methods", nargs="*", help="only these rows; none for the times of the parts alone")
     args = options.parse_args()
     network = "digits-mlp" if args.quick and not args.data_dir else "mlpnet" if args.quick else args.network
@@ -161,11 +162,12 @@ def main() -> int:
     record.add("accuracy", 100 * problem.accuracy(problem.params), "%", method="dense", column=None)
 
     rows = plan.rows if args.methods is None else {name: plan.rows[name] for name in args.methods}
+    levels = tuple(map(float, args.sparsities.split(","))) if args.sparsities else plan.sparsities
     todo = [
         (name, seed, sparsity)
         for name, entry in rows.items()
         for seed in (seeds(args.seeds) if entry.recipe.curvature else [0])
-        for sparsity in plan.sparsities
+        for sparsity in levels
     ]
     with Progress() as bars:
         bar = bars.add_task(network, total=len(todo))

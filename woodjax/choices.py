@@ -12,9 +12,11 @@ from woodjax.update_search import UpdateSearch
 
 Auto = Literal["auto"]
 
-DENSITY_DECAY = 1 / 8  # log of the density that a stage takes off: 31 stages to 98 %
-MOST_STAGES = 32
-ROWS = 1000  # of gradients in a stage
+DENSITY_DECAY = 1 / 12  # log of the density that a stage takes off: 28 stages to 90 %, 47 to 98 %
+MOST_STAGES = 48
+TRACED_STAGES = 16
+FIRST_ORDER_STAGES = 32
+ROWS, LEAST_ROWS, ROW_BYTES = 1000, 256, 2**29  # gradient rows of a stage, and the memory that they may take
 EXAMPLES_PER_ROW = 8
 FIRST_ORDER_EXAMPLES_PER_ROW = 64
 HELD_OUT_FRACTION, MOST_HELD_OUT, LEAST_HELD_OUT = 0.2, 2048, 8
@@ -59,6 +61,7 @@ class Plan(NamedTuple):
 def choose_plan(
     sparsity: Sparsity,
     examples: int,
+    weights: int,
     *,
     stages: int | Auto,
     examples_per_stage: int | None,
@@ -72,9 +75,11 @@ def choose_plan(
     Args:
         sparsity: Target.
         examples: In the pool.
-        stages: Number, or `"auto"`: each takes about 12 % of the density off, up to 32.
+        weights: Of the network.
+        stages: Number, or `"auto"`: each takes about 8 % of the density off, up to 48.
         examples_per_stage: Number, or None.
-        examples_per_gradient: Number, or `"auto"`: up to 8, as many as the pool has for 1,000 rows.
+        examples_per_gradient: Number, or `"auto"`: up to 8, or 64 with `first_order`, as many as the pool has for the rows:
+            1,000, fewer where they would take more than 512 MiB, but 256.
         held_out: Number, or `"auto"`: a fifth of the pool, at most 2,048, none of a pool of fewer than 40.
         searching: Is there anything that held-out examples decide?
         first_order: Does every stage descend as well?
@@ -99,8 +104,9 @@ def choose_plan(
     available = pool if examples_per_stage is None else examples_per_stage
     if examples_per_gradient == "auto":
         most = FIRST_ORDER_EXAMPLES_PER_ROW if first_order else EXAMPLES_PER_ROW
-        s = max(1, min(most, available // ROWS))
-        rows = min(ROWS, available // s)
+        rows = max(LEAST_ROWS, min(ROWS, ROW_BYTES // (4 * weights)))
+        s = max(1, min(most, available // rows))
+        rows = min(rows, available // s)
     else:
         s = examples_per_gradient
         rows = available // s if s > 0 and available % s == 0 else 0
@@ -112,21 +118,21 @@ def choose_plan(
 
 
 def stages_for(sparsity: Sparsity, *, first_order: bool = False) -> int:
-    """Number of stages to a sparsity: each takes about 12 % of the density off.
+    """Number of stages to a sparsity: each takes about 8 % of the density off.
 
     Args:
         sparsity: Target; the highest of a mapping counts. A traced one takes 16 stages.
         first_order: Every stage descends as well: 32 of them.
 
     Returns:
-        1 to 32.
+        1 to 48.
     """
     if first_order:
-        return MOST_STAGES
+        return FIRST_ORDER_STAGES
     fractions = list(sparsity.values()) if isinstance(sparsity, Mapping) else [sparsity]
     values = [fraction.value if isinstance(fraction, ExactSparsity) else fraction for fraction in fractions]
     if any(isinstance(value, jax.core.Tracer) for value in values):
-        return MOST_STAGES // 2
+        return TRACED_STAGES
     density = 1 - max(float(value) for value in values)
     if density <= 0:
         return MOST_STAGES

@@ -87,8 +87,8 @@ def prune_one_shot(
         params: A params-tree of floating leaves: the trained network.
         batch: A pool of examples, `[n, ...]` along the first axis of every leaf.
         sparsity: Fraction to prune, or a mapping from leaf path to fraction, as in `make_masks`.
-        stages: Number of stages; more are better at high sparsity and cost in proportion. `"auto"` takes about 12 %
-            of the density off in each, with at most 32, and 32 with `first_order`, which descends in each.
+        stages: Number of stages; more are better at high sparsity and cost in proportion. `"auto"` takes about 8 %
+            of the density off in each, with at most 48, and 32 with `first_order`, which descends in each.
         path: Sparsities on the way from that of `masks`, as in `stage_sparsities`.
         method: `"joint"`, `"sum"`, None to prune without moving the survivors, or `"auto"`.
         damping_multiples: Multiples of the curvature's damping to try for joint updates; `(1.0,)` for its own.
@@ -97,8 +97,8 @@ def prune_one_shot(
             is nothing to choose or fewer than 8 would be left aside, and then the update is the whole joint one.
         examples_per_stage: Examples of the pool that each stage takes, fresh ones until the pool is used up; None
             for what the rows need, or all of them where `examples_per_gradient` is given.
-        examples_per_gradient: Examples averaged into one row of the Fisher. `"auto"` makes at most 1,000 rows of up to
-            8 examples, added up with random signs (16 examples, averaged, with `first_order`).
+        examples_per_gradient: Examples averaged into one row of the Fisher. `"auto"` makes at most 1,000 rows, or
+            512 MiB of them, of up to 8 examples, added up with random signs (64, averaged, with `first_order`).
         key: Shuffles the pool and draws the signs; None takes the pool in order.
         curvature: From per-example gradients to a curvature, for example
             `functools.partial(woodjax.block_fisher, block_size=128)`. Pass the same object again
@@ -156,6 +156,7 @@ def prune_one_shot(
     plan = choose_plan(
         sparsity,
         size,
+        sum(w.size for w in jax.tree.leaves(params)),
         stages=stages,
         examples_per_stage=examples_per_stage,
         examples_per_gradient=examples_per_gradient,

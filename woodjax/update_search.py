@@ -16,7 +16,7 @@ from woodjax.compensation import Method, compensate
 from woodjax.curvature import Curvature, LowRankFisher
 from woodjax.typing import Masks, Params, Updates
 
-LARGE = 0.05  # a fall of the loss by this fraction needs no further proof
+SMALL, LARGE = 0.005, 0.05  # falls of the loss by less are not worth following, by more need no further proof
 
 
 class UpdateSearch(NamedTuple):
@@ -63,8 +63,8 @@ def choose_update(
     """Take the update that held-out examples prefer.
 
     First the rule and the damping, at full step; then the step length of the best. The middle one of the damping
-    multiples under the first rule, and the full step, stand unless another is better by more than one standard error
-    of the difference, example by example, or by 5 %: a choice that follows noise at every stage is worse than none.
+    multiples under the first rule, and the full step, stand unless another is better by more than two standard
+    errors of the difference, example by example, and by 0.5 %, or by 5 %: a choice that follows noise at every stage is worse than none.
 
     Args:
         params: A params-tree.
@@ -135,7 +135,8 @@ def _preferred(losses: Float[Array, "candidates n"], usual: int) -> Array:
     best = jnp.argmin(jnp.where(jnp.isfinite(mean), mean, jnp.inf))
     gain = losses[usual] - losses[best]
     noise = jnp.std(gain) / math.sqrt(losses.shape[1])
-    clear = jnp.mean(gain) > jnp.minimum(noise, LARGE * mean[usual])  # one outlier has noise as large as its gain
+    # One outlier has noise as large as its gain: a large fall is taken for what it is.
+    clear = jnp.mean(gain) > jnp.clip(2 * noise, SMALL * mean[usual], LARGE * mean[usual])
     return jnp.where(clear | ~jnp.isfinite(mean[usual]), best, usual)
 
 
