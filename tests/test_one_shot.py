@@ -20,6 +20,7 @@ from woodjax.adapters.losses import cross_entropy
 KEY = jax.random.key(0)
 BLOCKS = partial(wj.block_fisher, block_size=8, damping=1e-3)
 WHOLE = partial(wj.low_rank_fisher, damping=1e-3)
+HIDDEN = partial(wj.low_rank_fisher, damping=1e-3, select=lambda path, leaf: path == "out")
 prune = partial(wj.prune_one_shot, **wj.FIXED)  # nothing left to choose; test_choices has the rest
 
 
@@ -391,3 +392,53 @@ def test_raised_blocks_are_reported():
     assert info.raised.tolist() == [1]
     assert float(info.damping[0]) > 5e-12
     assert prune(loss_fn, params, rows, 0.3, curvature=WHOLE)[2].raised.tolist() == [0]
+
+
+def test_n_of_m_in_stages():
+    """Every group of three inputs keeps one; one weight of each group goes in a stage."""
+    loss_fn, params, _ = trained()
+    seen = []
+    _, masks, info = wj.prune_one_shot(
+        loss_fn, params, data(), pattern=wj.NM(1, 3), curvature=HIDDEN, on_stage=lambda s: seen.append(s.masks["out"])
+    )
+    assert len(seen) == len(info.sparsity) == 2
+    for stage, kept in zip(seen, (2, 1), strict=True):
+        assert (np.asarray(stage).reshape(2, 3, 3).sum(axis=1) == kept).all()
+    np.testing.assert_array_equal(masks["out"], seen[-1])
+    assert masks["fc1"]["kernel"].all()
+
+
+@pytest.mark.parametrize("pattern", [wj.Filters(), wj.Rows(), wj.Block(3)], ids=lambda p: type(p).__name__)
+def test_groups_go_together(pattern):
+    loss_fn, params, _ = trained()
+    pruned, masks, info = wj.prune_one_shot(loss_fn, params, data(), 0.34, pattern=pattern, curvature=HIDDEN)
+    mask = np.asarray(masks["out"]).reshape(-1)[pattern.indices((6, 3))]
+    assert (mask.all(axis=1) | ~mask.any(axis=1)).all()
+    assert (~mask.any(axis=1)).sum() == round(0.34 * len(mask))
+    np.testing.assert_array_equal(np.asarray(pruned["out"]) != 0, masks["out"])
+    assert np.isfinite(info.predicted_loss_change).all()
+
+
+def test_floors_hold_in_every_stage():
+    loss_fn, params, _ = trained()
+    seen = []
+    prune(loss_fn, params, data(), 0.8, stages=3, floor=0.15, curvature=WHOLE, on_stage=lambda s: seen.append(s.masks))
+    assert len(seen) == 3
+    for masks in seen:
+        assert masks["out"].sum() >= 3
+        assert masks["fc1"]["kernel"].sum() >= 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "sparsity is missing"),
+        ({"pattern": wj.NM(2, 4), "sparsity": 0.5}, "fixes it, leave it out"),
+        ({"pattern": wj.Rows(), "sparsity": 0.5, "curvature": None}, "needs the joint cost of groups"),
+        ({"pattern": wj.Rows(), "sparsity": 0.5, "scope": "erdos_renyi"}, "groups of weights take 'global' or 'leaf'"),
+    ],
+)
+def test_targets_that_cannot_be(options, message):
+    loss_fn, params, _ = trained()
+    with pytest.raises(ValueError, match=message):
+        prune(loss_fn, params, data(), **options)

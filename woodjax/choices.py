@@ -8,6 +8,7 @@ import jax
 
 from woodjax.compensation import Method
 from woodjax.masks import ExactSparsity, Sparsity
+from woodjax.patterns import NM
 from woodjax.update_search import UpdateSearch
 
 Auto = Literal["auto"]
@@ -59,7 +60,7 @@ class Plan(NamedTuple):
 
 
 def choose_plan(
-    sparsity: Sparsity,
+    sparsity: Sparsity | NM,
     examples: int,
     weights: int,
     *,
@@ -73,13 +74,13 @@ def choose_plan(
     """Fill in what was left to choose.
 
     Args:
-        sparsity: Target.
+        sparsity: Target, or the pattern that fixes it.
         examples: In the pool.
         weights: Of the network.
         stages: Number, or `"auto"`: each takes about 8 % of the density off, up to 48.
         examples_per_stage: Number, or None.
-        examples_per_gradient: Number, or `"auto"`: up to 8, or 64 with `first_order`, as many as the pool has for the rows:
-            1,000, fewer where they would take more than 512 MiB, but 256.
+        examples_per_gradient: Number, or `"auto"`: up to 8, or 64 with `first_order`, as many as the pool has for
+            the rows: 1,000, fewer where they would take more than 512 MiB, but 256.
         held_out: Number, or `"auto"`: a fifth of the pool, at most 2,048, none of a pool of fewer than 40.
         searching: Is there anything that held-out examples decide?
         first_order: Does every stage descend as well?
@@ -117,11 +118,12 @@ def choose_plan(
     return Plan(stages_for(sparsity, first_order=first_order) if stages == "auto" else stages, rows, s, aside)
 
 
-def stages_for(sparsity: Sparsity, *, first_order: bool = False) -> int:
+def stages_for(sparsity: Sparsity | NM, *, first_order: bool = False) -> int:
     """Number of stages to a sparsity: each takes about 8 % of the density off.
 
     Args:
-        sparsity: Target; the highest of a mapping counts. A traced one takes 16 stages.
+        sparsity: Target; the highest of a mapping counts. A traced one takes 16 stages, N:M one for each weight that a
+            group loses.
         first_order: Every stage descends as well: 32 of them.
 
     Returns:
@@ -129,6 +131,8 @@ def stages_for(sparsity: Sparsity, *, first_order: bool = False) -> int:
     """
     if first_order:
         return FIRST_ORDER_STAGES
+    if isinstance(sparsity, NM):
+        return sparsity.m - sparsity.n
     fractions = list(sparsity.values()) if isinstance(sparsity, Mapping) else [sparsity]
     values = [fraction.value if isinstance(fraction, ExactSparsity) else fraction for fraction in fractions]
     if any(isinstance(value, jax.core.Tracer) for value in values):

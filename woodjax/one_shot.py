@@ -13,6 +13,7 @@ from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
 from woodjax.gradients import LossRow, batch_size
 from woodjax.masks import Scope, Sparsity, check_sparsity
+from woodjax.patterns import NM, Pattern
 from woodjax.schedules import Path, check_stages
 from woodjax.stages import Criterion, CurvatureFn, prune_stages
 from woodjax.stream import GradientStream, stream_gradients
@@ -49,7 +50,7 @@ def prune_one_shot(
     loss_fn: LossFn,
     params: Params,
     batch: Batch,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None = None,
     *,
     stages: int | Auto = "auto",
     path: Path = "exponential",
@@ -64,6 +65,8 @@ def prune_one_shot(
     stream: bool = False,
     criterion: Criterion | None = None,
     first_order: bool = False,
+    pattern: Pattern | None = None,
+    floor: float = 0.0,
     scope: Scope = "global",
     masks: Masks | None = None,
     batch_axes: int = 0,
@@ -86,7 +89,8 @@ def prune_one_shot(
             normalisation in eval mode.
         params: A params-tree of floating leaves: the trained network.
         batch: A pool of examples, `[n, ...]` along the first axis of every leaf.
-        sparsity: Fraction to prune, or a mapping from leaf path to fraction, as in `make_masks`.
+        sparsity: Fraction to prune, or a mapping from leaf path to fraction, as in `make_masks`; None for the pattern
+            `NM`, which fixes it.
         stages: Number of stages; more are better at high sparsity and cost in proportion. `"auto"` takes about 8 %
             of the density off in each, with at most 48, and 32 with `first_order`, which descends in each.
         path: Sparsities on the way from that of `masks`, as in `stage_sparsities`.
@@ -112,6 +116,9 @@ def prune_one_shot(
         first_order: Take the mean gradient into scores and updates: for a network that is not at a minimum, and to
             descend on the examples while pruning. That is training on their labels, and can pass the dense network;
             compare it with nothing that does not do the same.
+        pattern: Which weights go together: `NM(2, 4)`, `Block(4)`, `Rows()`, `Filters()`, as in `pattern_masks`, groups
+            chosen by their exact joint cost. N:M takes one weight more of each group in every stage.
+        floor: Every leaf keeps at least this fraction of its weights, or groups.
         scope: As in `make_masks`.
         masks: Masks of an earlier pruning: what they pruned stays pruned.
         batch_axes: Leading axes that stack layers, for the scopes `"leaf"` and `"erdos_renyi"`; give
@@ -149,12 +156,12 @@ def prune_one_shot(
         >>> masks["w"].tolist(), float(info.sparsity[0])
         ([[True], [False]], 0.5)
     """
-    check_sparsity(sparsity)
+    target = _check_target(sparsity, pattern, curvature)
     check_floating(params)
     size = batch_size(batch)
     search = None if curvature is None else choose_search(method, damping_multiples, step, first_order=first_order)
     plan = choose_plan(
-        sparsity,
+        target,
         size,
         sum(w.size for w in jax.tree.leaves(params)),
         stages=stages,
@@ -220,6 +227,8 @@ def prune_one_shot(
         method=search.methods[0] if search else None,
         search=search if plan.held_out else None,
         held_out_losses=held_out_losses,
+        pattern=pattern,
+        floor=floor,
         scope=scope,
         batch_axes=batch_axes,
         first_order=first_order,
@@ -246,6 +255,19 @@ def prune_one_shot(
         if on_stage is not None:
             on_stage(Stage(params, masks, info))
     return params, masks, jax.tree.map(lambda *fields: jnp.stack(fields), *infos)
+
+
+def _check_target(sparsity: Sparsity | None, pattern: Pattern | None, curvature: object) -> Sparsity | NM:
+    if pattern is not None and curvature is None:
+        raise ValueError(f"{pattern} needs the joint cost of groups: pass a curvature, or leave curvature out.")
+    if isinstance(pattern, NM):
+        if sparsity is not None:
+            raise ValueError(f"sparsity is {sparsity}: {pattern} fixes it, leave it out.")
+        return pattern
+    if sparsity is None:
+        raise ValueError("sparsity is missing: pass the fraction to prune, between 0 and 1.")
+    check_sparsity(sparsity)
+    return sparsity
 
 
 @partial(jax.jit, static_argnames="microbatch_size")

@@ -4,6 +4,7 @@ One-shot pruning, a refresh inside a training and the window of an optimizer dif
 come from. What is done with them is here, once.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from woodjax.compensation import Method, compensate
 from woodjax.criteria import magnitude_scores, obs_scores, woodtaylor_scores
 from woodjax.curvature import Curvature, low_rank_fisher, predicted_loss_change
+from woodjax.groups import GroupScope, pattern_masks
 from woodjax.masks import (
     ExactSparsity,
     Fraction,
@@ -25,6 +27,7 @@ from woodjax.masks import (
     mask_sparsity,
     sparsity_groups,
 )
+from woodjax.patterns import NM, Pattern
 from woodjax.schedules import Path, on_path
 from woodjax.stream import GradientStream
 from woodjax.tree import apply_masks, path_name
@@ -51,7 +54,7 @@ def prune_stages(
     params: Params,
     masks: Masks,
     rows_at: RowsAt,
-    sparsity: Sparsity,
+    sparsity: Sparsity | None,
     *,
     stages: int = 1,
     path: Path = "exponential",
@@ -60,6 +63,8 @@ def prune_stages(
     method: Method | None = "joint",
     search: UpdateSearch | None = None,
     held_out_losses: Callable[[Params], Float[Array, " n"]] | None = None,
+    pattern: Pattern | None = None,
+    floor: float = 0.0,
     scope: Scope = "global",
     batch_axes: int = 0,
     first_order: bool = False,
@@ -75,7 +80,7 @@ def prune_stages(
         masks: What is pruned already stays pruned.
         rows_at: `rows_at(number, params, masks)` gives the gradients of a stage, with what is pruned at zero: leaves
             `[m, *leaf.shape]`, a stream of them, or None where the curvature is None.
-        sparsity: As in `make_masks`.
+        sparsity: As in `make_masks`; None for the pattern `NM`, which fixes it.
         stages: Number of stages.
         path: Sparsities on the way, from that of `masks` to `sparsity`.
         curvature: From gradients to a curvature; None for criteria that see no data.
@@ -84,6 +89,8 @@ def prune_stages(
         method: As in `compensate`, or None to leave the survivors where they are.
         search: Candidates to choose the update from, in the place of `method`.
         held_out_losses: With `search`, what chooses: losses at examples that no row is made from.
+        pattern: Which weights go together; None for single weights.
+        floor: As in `make_masks`.
         scope: As in `make_masks`.
         batch_axes: As in `make_masks`.
         first_order: Use the mean gradient as well, for networks that are not at a minimum.
@@ -95,6 +102,9 @@ def prune_stages(
 
     Yields:
         Parameters, masks and what was done, after each stage.
+
+    Raises:
+        ValueError: No sparsity and no pattern that fixes it; groups with the scope `"erdos_renyi"`.
 
     Cost:
         For each stage one curvature, its inverse diagonal, one `compensate` and two products.
@@ -118,16 +128,45 @@ def prune_stages(
             prunable=prunable,
         )
         del rows  # the curvature has what it needs of them
-        if initial is None and stages > 1:
-            initial = _reached(sparsity, masks, scores)
-        target = _target(sparsity, initial, (number + 1) / stages, path)
-        ranked = scores if strict else jax.tree.map(lambda s: jnp.where(is_broken(s), jnp.inf, s), scores)
-        new_masks = make_masks(ranked, target, scope=scope, previous=masks, batch_axes=batch_axes)
+        time = (number + 1) / stages
+        target = sparsity
+        if sparsity is not None:
+            if initial is None and stages > 1:
+                initial = _reached(sparsity, masks, scores)
+            target = _target(sparsity, initial, time, path)
+        if pattern is not None and hessian is not None:
+            new_masks = pattern_masks(
+                params,
+                hessian,
+                _relaxed(pattern, time),
+                target,
+                scope=_group_scope(scope),
+                previous=masks,
+                gradient=gradient,
+                floor=floor,
+                batch_axes=batch_axes,
+            )
+        elif target is not None:
+            ranked = scores if strict else jax.tree.map(lambda s: jnp.where(is_broken(s), jnp.inf, s), scores)
+            new_masks = make_masks(ranked, target, scope=scope, previous=masks, batch_axes=batch_axes, floor=floor)
+        else:
+            raise ValueError("sparsity is None: pass the fraction to prune.")
         update, choice = None, None
         if search is not None and held_out_losses is not None and hessian is not None:
             update, choice = choose_update(params, new_masks, hessian, gradient, search, held_out_losses)
         params, masks, info = move(params, masks, new_masks, scores, hessian, gradient, update, choice, method=method)
         yield params, masks, info
+
+
+def _group_scope(scope: Scope) -> GroupScope:
+    if scope == "erdos_renyi":
+        raise ValueError("scope is 'erdos_renyi': groups of weights take 'global' or 'leaf'.")
+    return scope
+
+
+def _relaxed(pattern: Pattern, time: float) -> Pattern:
+    # N:M goes one weight of each group after the other.
+    return NM(pattern.m - math.ceil(time * (pattern.m - pattern.n)), pattern.m) if isinstance(pattern, NM) else pattern
 
 
 def _reached(sparsity: Sparsity, masks: Masks, scores: Scores) -> dict[str | None, Any]:

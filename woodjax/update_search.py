@@ -63,8 +63,9 @@ def choose_update(
     """Take the update that held-out examples prefer.
 
     First the rule and the damping, at full step; then the step length of the best. The middle one of the damping
-    multiples under the first rule, and the full step, stand unless another is better by more than two standard
-    errors of the difference, example by example, and by 0.5 %, or by 5 %: a choice that follows noise at every stage is worse than none.
+    multiples under the first rule, and the full step, stand unless another is clearly better: by more than two
+    standard errors of the difference, example by example, and by 0.5 %, or by 5 %. A choice that follows noise at
+    every stage is worse than none.
 
     Args:
         params: A params-tree.
