@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import render_engines
 import render_gradual
 import render_inverse_quality
@@ -86,11 +87,12 @@ def table(records: list[Record]) -> str:
         config = row["config"]
         cells = [cell(values(records, method, s, "accuracy")) for s in levels]
         times = [t for s in levels for t in values(records, method, s, "seconds")]
-        seeds = len(values(records, method, levels[0], "accuracy"))
+        seeds = max(len(values(records, method, s, "accuracy")) for s in levels)
         damping = "chosen" if config["damping"] is None else f"{config['damping']:g}"
         data = (f"{config['examples']}", damping) if config["examples"] else ("", "")
         head = [config["title"], row["column"], *data, str(seeds)]
         lines.append("| " + " | ".join([*head, *cells, f"{np.median(times):.1f}"]) + " |")
+    lines += published.table(dense["network"], dense["value"])
     parts = [r for r in records if r["metric"].startswith("seconds_")]
     if parts:
         examples = parts[0]["config"]["examples"]

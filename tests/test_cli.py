@@ -30,7 +30,7 @@ def test_report(run):
         "magnitude",
         "diagonal",
         "woodfisher",
-        "woodfisher-staged",
+        "auto",
         "joint",
         "joint-staged",
     }
@@ -41,7 +41,7 @@ def test_report(run):
     columns = {r["method"]: r["column"] for r in results}
     assert columns["magnitude"] == "mask"
     assert columns["joint"] == "update"
-    assert columns["joint-staged"] == "staged"
+    assert columns["joint-staged"] == columns["auto"] == "staged"
 
 
 def test_arrays_are_the_pruned_network(run):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from woodjax.curvature.damping import Damping
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-METHODS = ("magnitude", "diagonal", "woodfisher", "woodfisher-staged", "joint", "joint-staged")
+METHODS = ("magnitude", "diagonal", "woodfisher", "joint", "joint-staged", "auto")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,6 @@ Prune = Callable[[Batch, float], tuple[Params, Masks, Any]]
 Test = Literal["betting", "hoeffding_bentkus"]
 
 LADDER = (0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)
-MOST_GRADIENTS = 1024  # that the default pruning takes from its pool: its Gram matrix grows with the square
 
 TESTS = ("betting", "hoeffding_bentkus")
 
@@ -82,7 +81,7 @@ def prune_to_loss(
         metric: What to promise about instead of the loss: `metric(params, example)` in [0, 1], such as the 0-1 error;
             then `B` is 1 and nothing is clipped.
         prune: `prune(pool, sparsity) -> (params, masks, info)`, a way of pruning of your own, which must not see the
-            calibration examples. None for `prune_one_shot(loss_fn, params, pool, sparsity)` with 1,024 examples.
+            calibration examples. None for `prune_one_shot(loss_fn, params, pool, sparsity)`, nothing else chosen.
         test: `"betting"`, which profits from a small variance, or `"hoeffding_bentkus"`.
         key: Decides the split; None for `jax.random.key(0)`. The split is always random.
         microbatch_size: Examples in one forward pass.
@@ -223,7 +222,7 @@ def _check_metric(values: Float[np.ndarray, " n"]) -> None:
 
 
 def _prune(loss_fn: LossFn, params: Params, pool: Batch, sparsity: float) -> tuple[Params, Masks, Any]:
-    return prune_one_shot(loss_fn, params, pool, sparsity, examples_per_stage=min(batch_size(pool), MOST_GRADIENTS))
+    return prune_one_shot(loss_fn, params, pool, sparsity)
 
 
 def _losses(params: Params, examples: Batch, row: LossRow, microbatch_size: int) -> Float[np.ndarray, " n"]:
