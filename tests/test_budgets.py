@@ -192,3 +192,20 @@ def test_convolutions(groups, stride):
     )
     assert count(conv, kernel, jnp.ones((1, 6, 6, 4))) == (6 // stride) ** 2
     assert count(conv, kernel, jnp.ones((2, 6, 6, 4))) == 2 * (6 // stride) ** 2
+
+
+def test_kernels_that_are_cast_in_a_scan_count_and_parts_of_leaves_raise():
+    params = {"k": jnp.ones((5, 4, 4)), "scale": jnp.ones(4)}
+
+    def scanned(p, x):
+        return jax.lax.scan(
+            lambda h, k: ((h.astype(jnp.bfloat16) @ k.astype(jnp.bfloat16)).astype(h.dtype), None), x, p["k"]
+        )[0]
+
+    assert wj.weight_macs(scanned, params, jnp.ones((3, 4)))["k"] == 3
+    scaled = wj.weight_macs(lambda p, x: x @ (p["k"].reshape(20, 4) * p["scale"]), params, jnp.ones((2, 20)))
+    assert scaled == {"k": 2, "scale": 0}
+    with pytest.raises(ValueError, match="a part of a leaf"):
+        wj.weight_macs(lambda p, x: x @ p["k"][0], params, jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match="a part of a leaf"):
+        wj.weight_macs(lambda p, x: x @ jnp.split(p["k"][0], 2, axis=1)[0], params, jnp.ones((3, 4)))

@@ -91,3 +91,16 @@ def test_sweep_does_not_take():
             wj.column_sweep(kernel, hessian, **options)
     with pytest.raises(ValueError, match=r"hessian \(5, 5\)"):
         wj.column_sweep(kernel, hessian[:5, :5], sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hessian", "message"),
+    [
+        (np.array([[1], [3]]), np.eye(2), "kernel is int"),
+        (np.array([[1.0], [np.nan]]), np.eye(2), "kernel holds NaN"),
+        (np.ones((2, 1)), np.full((2, 2), np.inf), "hessian holds NaN or inf"),
+    ],
+)
+def test_arrays_that_cannot_be(kernel, hessian, message):
+    with pytest.raises(ValueError, match=message):
+        wj.column_sweep(kernel, hessian, sparsity=0.5)

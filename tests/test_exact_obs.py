@@ -101,11 +101,12 @@ def test_what_was_pruned_before_goes_first_and_counts(seed):
     gradients, params = problem(seed)
     fisher = wj.block_fisher(gradients, block_size=4, damping=DAMPING)
     params["w"][0, 1] = 10.0  # the dearest weight of all, pruned before: it raises no price behind it
-    previous = {"b": np.ones(2, bool), "w": np.arange(10).reshape(2, 5) != 1}
+    previous = {"b": np.array([False, True]), "w": np.arange(10).reshape(2, 5) != 1}
     masks, _, info = wj.exact_obs(params, fisher, 0.4, previous=previous)
     hessian = oracle.fisher(gradients["w"].reshape(8, 10), DAMPING)[:4, :4]
     assert not masks["w"][0, 1]
-    assert (~masks["w"]).sum() == 4
+    assert masks["b"].tolist() == [False, True]  # as in make_masks: it counts, and stays pruned
+    assert (~masks["w"]).sum() + 1 == 4
     assert info.order[0].tolist() == greedy(hessian, params["w"].reshape(10)[:4], before=(1,))[0]
 
 

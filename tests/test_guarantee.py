@@ -184,7 +184,7 @@ def test_the_default_prunes_in_one_shot():
     pruned, masks, info = wj.prune_to_loss(squared, params, (x, y), max_loss_increase=0.1, sparsities=[0.25, 0.5, 0.75])
     assert masks["w"][:, 0].tolist() == [True, True, False, False]
     np.testing.assert_array_equal(pruned["w"] != 0, masks["w"])
-    assert info.sparsity == float(info.prune_info.sparsity[0]) == 0.5
+    assert info.sparsity == float(info.prune_info.sparsity[-1]) == 0.5
 
 
 def test_bad_arguments():

@@ -436,6 +436,7 @@ def test_floors_hold_in_every_stage():
         ({"pattern": wj.NM(2, 4), "sparsity": 0.5}, "fixes it, leave it out"),
         ({"pattern": wj.Rows(), "sparsity": 0.5, "curvature": None}, "needs the joint cost of groups"),
         ({"pattern": wj.Rows(), "sparsity": 0.5, "scope": "erdos_renyi"}, "groups of weights take 'global' or 'leaf'"),
+        ({"pattern": wj.Rows(), "sparsity": 0.5, "criterion": wj.obs_scores}, "leave criterion and prunable out"),
     ],
 )
 def test_targets_that_cannot_be(options, message):

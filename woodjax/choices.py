@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypedDict
 
 import jax
+from jaxtyping import Array
 
 from woodjax.compensation import Method
 from woodjax.masks import ExactSparsity, Sparsity
@@ -70,6 +71,7 @@ def choose_plan(
     held_out: int | Auto,
     searching: bool,
     first_order: bool = False,
+    reached: float | Array = 0.0,
 ) -> Plan:
     """Fill in what was left to choose.
 
@@ -84,6 +86,7 @@ def choose_plan(
         held_out: Number, or `"auto"`: a fifth of the pool, at most 2,048, none of a pool of fewer than 40.
         searching: Is there anything that held-out examples decide?
         first_order: Does every stage descend as well?
+        reached: Sparsity of the masks to begin with.
 
     Returns:
         The plan.
@@ -115,16 +118,19 @@ def choose_plan(
         raise ValueError(
             f"{available} examples cannot be averaged in groups of examples_per_gradient={s}: pass a divisor."
         )
-    return Plan(stages_for(sparsity, first_order=first_order) if stages == "auto" else stages, rows, s, aside)
+    return Plan(
+        stages_for(sparsity, first_order=first_order, reached=reached) if stages == "auto" else stages, rows, s, aside
+    )
 
 
-def stages_for(sparsity: Sparsity | NM, *, first_order: bool = False) -> int:
+def stages_for(sparsity: Sparsity | NM, *, first_order: bool = False, reached: float | Array = 0.0) -> int:
     """Number of stages to a sparsity: each takes about 8 % of the density off.
 
     Args:
         sparsity: Target; the highest of a mapping counts. A traced one takes 16 stages, N:M one for each weight that a
             group loses.
         first_order: Every stage descends as well: 32 of them.
+        reached: Sparsity of the masks to begin with.
 
     Returns:
         1 to 48.
@@ -134,13 +140,15 @@ def stages_for(sparsity: Sparsity | NM, *, first_order: bool = False) -> int:
     if isinstance(sparsity, NM):
         return sparsity.m - sparsity.n
     fractions = list(sparsity.values()) if isinstance(sparsity, Mapping) else [sparsity]
+    if not fractions:
+        return 1
     values = [fraction.value if isinstance(fraction, ExactSparsity) else fraction for fraction in fractions]
-    if any(isinstance(value, jax.core.Tracer) for value in values):
+    if any(isinstance(value, jax.core.Tracer) for value in (*values, reached)):
         return TRACED_STAGES
     density = 1 - max(float(value) for value in values)
     if density <= 0:
         return MOST_STAGES
-    return min(MOST_STAGES, max(1, math.ceil(-math.log(density) / DENSITY_DECAY)))
+    return min(MOST_STAGES, max(1, math.ceil(math.log((1 - float(reached)) / density) / DENSITY_DECAY)))
 
 
 def choose_search(

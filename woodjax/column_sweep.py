@@ -57,7 +57,8 @@ def column_sweep(
         The kernel with survivors moved, in its own dtype, the mask, and the damping used.
 
     Raises:
-        ValueError: Neither or both of `sparsity` and `pattern`; shapes that do not fit; a pattern that does not
+        ValueError: Arrays that are not floating, or (outside `jit`) not finite; neither or both of `sparsity` and
+            `pattern`; shapes that do not fit; a pattern that does not
             divide `in` or `block_size`; bad sparsity or damping.
 
     Cost:
@@ -78,6 +79,12 @@ def column_sweep(
         raise ValueError(
             f"kernel has shape {kernel.shape} and hessian {hessian.shape}: pass [in, out] and [in, in], not empty."
         )
+    for name, array in (("kernel", kernel), ("hessian", hessian)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} is {array.dtype}: pass floats.")
+        finite = jnp.all(jnp.isfinite(array))
+        if not isinstance(finite, jax.core.Tracer) and not finite:
+            raise ValueError(f"{name} holds NaN or infinities: look for them in the parameters and the inputs.")
     if (sparsity is None) == (pattern is None):
         raise ValueError("Pass one of sparsity=, a fraction, and pattern=(n, m), as (2, 4) for 2:4.")
     if block_size < 1:

@@ -82,7 +82,11 @@ def exact_obs(
         check_bool(previous, "previous")
     scores, order, losses = _trace(params, fisher, previous)
     masks = make_masks(scores, sparsity, previous=previous)
-    return _cut(params, masks, fisher, order, losses)
+    masks, updates, info = _cut(params, masks, fisher, order, losses)
+    if previous is not None:  # also on leaves that are not prunable
+        masks = jax.tree.map(jnp.logical_and, masks, previous)
+        updates = jax.tree.map(lambda u, w, mask: jnp.where(mask, u, -w), updates, params, masks)
+    return masks, updates, info
 
 
 @jax.jit

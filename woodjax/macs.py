@@ -7,7 +7,7 @@ framework is named. Nothing runs on the device.
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -15,7 +15,17 @@ from jax.extend import core
 from woodjax.tree import path_name
 from woodjax.typing import Batch, Example, Params
 
-Owner = int | None  # number of the leaf whose weights a value holds, one each
+LOST = -1  # made of leaves, but not of one leaf's weights, one each
+
+
+class Held(NamedTuple):
+    """What a value holds: the weights of a leaf, or of one layer of it inside a scan."""
+
+    leaf: int
+    size: int
+
+
+Owner = Held | None
 LOOPS = ("while", "cond")  # how often they run is not in the program
 
 
@@ -34,7 +44,8 @@ def weight_macs(function: Callable[[Params, Any], Any], params: Params, example:
         `lax.scan` is counted as often as it runs.
 
     Raises:
-        ValueError: A leaf that is multiplied inside a `while` loop or a `cond`.
+        ValueError: A leaf that is multiplied inside a `while` loop or a `cond`; a product with a part of a leaf, or
+            with several leaves in one, whose weights cannot be told apart.
 
     Cost:
         One trace of the function.
@@ -50,10 +61,10 @@ def weight_macs(function: Callable[[Params, Any], Any], params: Params, example:
     names = [path_name(path) for path, _ in paths]
     sizes = [math.prod(leaf.shape) for _, leaf in paths]
     program = jax.make_jaxpr(function)(params, example)
-    owners: list[Owner] = [*range(len(paths)), *(None for _ in jax.tree.leaves(example))]
+    owners: list[Owner] = [*(Held(*pair) for pair in enumerate(sizes)), *(None for _ in jax.tree.leaves(example))]
     fixed = [owner is not None for owner in owners]
     totals: Counter[int] = Counter()
-    _walk(program.jaxpr, owners, fixed, 1, totals, sizes, names)
+    _walk(program.jaxpr, owners, fixed, 1, totals, names)
     return jax.tree.unflatten(treedef, [totals[leaf] // max(size, 1) for leaf, size in enumerate(sizes)])
 
 
@@ -63,7 +74,6 @@ def _walk(
     fixed: Sequence[bool],
     times: int,
     totals: Counter[int],
-    sizes: list[int],
     names: list[str],
 ) -> tuple[list[Owner], list[bool]]:
     """Follow the leaves through a program that runs `times` times, and add up their products.
@@ -74,11 +84,13 @@ def _walk(
         fixed: Is an input independent of the example?
         times: How often it runs.
         totals: Multiply-adds of each leaf so far; added to.
-        sizes: Of the leaves.
         names: Of the leaves.
 
     Returns:
         Owners of the outputs, and which of them are fixed.
+
+    Raises:
+        ValueError: As `weight_macs`.
     """
     owner = dict(zip(jaxpr.invars, owners, strict=True))
     still = dict(zip(jaxpr.invars, fixed, strict=True))
@@ -93,7 +105,7 @@ def _walk(
         held, steady = [owner_of(v) for v in equation.invars], [is_fixed(v) for v in equation.invars]
         name, inner = equation.primitive.name, _inner_programs(equation)
         if name in LOOPS:
-            results = _loop(equation, inner, held, steady, sizes, names)
+            results = _loop(equation, inner, held, steady, names)
         elif len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
             repeats = equation.params["length"] if name == "scan" else 1
             if name == "scan":  # what a step hands to the next one may depend on the example
@@ -101,22 +113,37 @@ def _walk(
                     equation.params["num_consts"], equation.params["num_consts"] + equation.params["num_carry"]
                 )
                 steady = [ok and i not in carried for i, ok in enumerate(steady)]
-            results = _walk(inner[0], held, steady, times * repeats, totals, sizes, names)
+                held = [
+                    Held(one.leaf, one.size // repeats) if one and i > max(carried, default=-1) else one
+                    for i, one in enumerate(held)
+                ]
+            results = _walk(inner[0], held, steady, times * repeats, totals, names)
+            if name == "scan":  # results of all steps are stacked
+                results = [one and Held(LOST, 0) for one in results[0]], results[1]
         else:
-            for leaf in {leaf for leaf in held if leaf is not None}:
-                totals[leaf] += times * _multiply_adds(equation)
-            results = _outputs(equation, held, all(steady), sizes)
+            products = _multiply_adds(equation)
+            for leaf in {one.leaf for one in held if one is not None and products}:
+                if leaf == LOST:
+                    raise ValueError(
+                        f"A product with a part of a leaf, or with several leaves at once, among {names}: "
+                        "which weights it costs is not in the program. Use whole leaves, or pass costs of your own."
+                    )
+                totals[leaf] += times * products
+            results = _outputs(equation, held, all(steady))
         owner.update(zip(equation.outvars, results[0], strict=True))
         still.update(zip(equation.outvars, results[1], strict=True))
     return [owner_of(v) for v in jaxpr.outvars], [is_fixed(v) for v in jaxpr.outvars]
 
 
-def _outputs(equation: Any, held: list[Owner], steady: bool, sizes: list[int]) -> tuple[list[Owner], list[bool]]:
+def _outputs(equation: Any, held: list[Owner], steady: bool) -> tuple[list[Owner], list[bool]]:
     # A kernel that is reshaped, cast, masked or scaled is the same kernel; with the example in it, it is not.
-    leaves = {leaf for leaf in held if leaf is not None}
-    leaf = leaves.pop() if len(leaves) == 1 and steady and not _multiply_adds(equation) else None
-    same = [leaf is not None and math.prod(v.aval.shape) == sizes[leaf] for v in equation.outvars]
-    return [leaf if ok else None for ok in same], [steady] * len(equation.outvars)
+    made_of = {one for one in held if one is not None}
+    owners: list[Owner] = []
+    for variable in equation.outvars:
+        whole = [one for one in made_of if one.leaf != LOST and one.size == math.prod(variable.aval.shape)]
+        known = whole[0] if len(whole) == 1 else Held(LOST, 0)
+        owners.append(known if made_of and steady and not _multiply_adds(equation) else None)
+    return owners, [steady] * len(owners)
 
 
 def _multiply_adds(equation: Any) -> int:
@@ -133,12 +160,12 @@ def _multiply_adds(equation: Any) -> int:
 
 
 def _loop(
-    equation: Any, inner: list[Any], held: list[Owner], steady: list[bool], sizes: list[int], names: list[str]
+    equation: Any, inner: list[Any], held: list[Owner], steady: list[bool], names: list[str]
 ) -> tuple[list[Owner], list[bool]]:
     # Which operand goes to which input differs between loops: whatever is held could be multiplied.
     products = any(_has_products(program) for program in inner)
-    if products and any(leaf is not None for leaf in held):
-        used = sorted({names[leaf] for leaf in held if leaf is not None})
+    if products and any(one is not None for one in held):
+        used = sorted({names[one.leaf] for one in held if one is not None and one.leaf != LOST})
         raise ValueError(
             f"Leaves {used} go into a {equation.primitive.name} with matrix products in it: how often it runs is not "
             "in the program. Count a function without it, or pass costs of your own."

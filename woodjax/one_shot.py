@@ -19,14 +19,16 @@ from woodjax.stages import Criterion, CurvatureFn, prune_stages
 from woodjax.stream import GradientStream, stream_gradients
 from woodjax.tree import check_floating, check_like, path_name
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
-from woodjax.update_search import UpdateChoice
+from woodjax.update_search import UpdateChoice, UpdateSearch
+
+PLAIN = UpdateSearch()  # the joint update as it is: nothing to choose
 
 
 class OneShotInfo(NamedTuple):
     """What one-shot pruning chose and did; every field has one entry for each stage."""
 
     sparsity: Float[Array, " stages"]  # reached, of the weights that count
-    predicted_loss_change: Float[Array, " stages"]  # by the quadratic model; NaN without a curvature
+    predicted_loss_change: Float[Array, " stages"]  # by the model, in units of the loss; NaN without a curvature
     loss_before: Float[Array, " stages"]  # mean over the stage's examples; NaN where it is not measured
     loss_after: Float[Array, " stages"]  # the same examples, after the stage
     damping: Float[Array, " stages"]  # the largest of any block: higher than asked if a factor failed
@@ -95,14 +97,16 @@ def prune_one_shot(
             of the density off in each, with at most 48, and 32 with `first_order`, which descends in each.
         path: Sparsities on the way from that of `masks`, as in `stage_sparsities`.
         method: `"joint"`, `"sum"`, None to prune without moving the survivors, or `"auto"`.
-        damping_multiples: Multiples of the curvature's damping to try for joint updates; `(1.0,)` for its own.
+        damping_multiples: Multiples of the curvature's damping to try for joint updates; `(1.0,)` for its own. Only
+            `low_rank_fisher` can answer at other dampings; other curvatures are asked at theirs.
         step: Length of the survivors' move, 1 for the whole of it.
         held_out: Examples of the pool, its last ones, that choose. `"auto"`: a fifth, at most 2,048; none where there
-            is nothing to choose or fewer than 8 would be left aside, and then the update is the whole joint one.
+            is nothing to choose or fewer than 8 would be left aside. Then the update is the whole joint one.
         examples_per_stage: Examples of the pool that each stage takes, fresh ones until the pool is used up; None
             for what the rows need, or all of them where `examples_per_gradient` is given.
         examples_per_gradient: Examples averaged into one row of the Fisher. `"auto"` makes at most 1,000 rows, or
-            512 MiB of them, of up to 8 examples, added up with random signs (64, averaged, with `first_order`).
+            512 MiB of them but at least 256, of up to 8 examples, added up with random signs (64, averaged, with
+            `first_order`).
         key: Shuffles the pool and draws the signs; None takes the pool in order.
         curvature: From per-example gradients to a curvature, for example
             `functools.partial(woodjax.block_fisher, block_size=128)`. Pass the same object again
@@ -127,7 +131,8 @@ def prune_one_shot(
         measure_loss: Measure the loss over the stage's examples before and after it: two forward passes.
         check: Look for dropout, train-mode batch normalisation and impure losses first.
         on_broken: What to do, outside `jit`, where scores or updates are not finite: `"raise"`, or `"keep"`, which is
-            what happens under `jit`: the leaf keeps its masks and weights, and `info.nonfinite` says so.
+            what happens under `jit`: the leaf keeps its masks and weights, and `info.nonfinite` says so. Costs of the
+            groups of a pattern that are not finite raise in either case.
         on_stage: Called on the host with the network after each stage: for progress and
             checkpoints.
 
@@ -135,13 +140,13 @@ def prune_one_shot(
         Pruned parameters (pruned weights are exactly zero), masks, and what was done.
 
     Raises:
-        ValueError: Bad sparsity, stages, batch, loss or masks; scores or updates that are not
+        ValueError: `first_order` with nothing held out that keeps it in bounds; bad sparsity, stages, batch, loss or masks; scores or updates that are not
             finite (outside `jit`), naming the leaves.
 
     Cost:
         For each stage a backward pass for each of its examples (up to 8,000), flops and memory of the curvature (for
         the default `2m·d` floats at the peak and about `3.5m²d` flops, `m` up to 1,000 rows; see `woodjax.estimate`),
-        and up to 8 forward passes over the held-out examples.
+        and up to 9 forward passes over the held-out examples.
 
     References:
         Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340); Frantar et al., M-FAC, 2021
@@ -153,12 +158,15 @@ def prune_one_shot(
         >>> loss = lambda p, xy: (xy[0] @ p["w"][:, 0] - xy[1]) ** 2
         >>> x = jnp.array([[1.0, 1.1], [2.0, 1.9], [3.0, 3.2]])
         >>> params, masks, info = wj.prune_one_shot(loss, {"w": jnp.array([[1.0], [0.5]])}, (x, x.sum(1)), 0.5)
-        >>> masks["w"].tolist(), float(info.sparsity[0])
+        >>> masks["w"].tolist(), float(info.sparsity[-1])
         ([[True], [False]], 0.5)
     """
     target = _check_target(sparsity, pattern, curvature)
     check_floating(params)
     size = batch_size(batch)
+    if masks is None:
+        masks = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
+    check_like(masks, params, "masks")
     search = None if curvature is None else choose_search(method, damping_multiples, step, first_order=first_order)
     plan = choose_plan(
         target,
@@ -170,13 +178,18 @@ def prune_one_shot(
         held_out=held_out,
         searching=search is not None and not search.is_fixed,
         first_order=first_order,
+        reached=_lost(masks),
     )
     check_stages(plan.stages, path)
+    if search is not None and not plan.held_out:
+        if first_order and "auto" in (damping_multiples, step):
+            raise ValueError(
+                f"first_order needs held-out examples to keep its steps in bounds, and none of {size} is left aside: "
+                "pass 40 examples or more, or held_out=; or fix damping_multiples and step by hand."
+            )
+        search = search.narrowed()
     if curvature == "auto":
         curvature = low_rank_fisher
-    if masks is None:
-        masks = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
-    check_like(masks, params, "masks")
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     order = jnp.arange(size) if key is None else jax.random.permutation(key, size)
     signed = examples_per_gradient == "auto" and not first_order
@@ -225,8 +238,8 @@ def prune_one_shot(
         curvature=curvature,
         criterion=criterion,
         method=search.methods[0] if search else None,
-        search=search if plan.held_out else None,
-        held_out_losses=held_out_losses,
+        search=None if search == PLAIN else search,
+        held_out_losses=held_out_losses if plan.held_out else None,
         pattern=pattern,
         floor=floor,
         scope=scope,
@@ -242,6 +255,9 @@ def prune_one_shot(
                 f"Stage {number + 1} of {plan.stages}: updates of {bad} are not finite. Look for NaN in the parameters "
                 "and the batch, or raise the damping of the curvature."
             )
+        done = done._replace(
+            predicted_loss_change=done.predicted_loss_change * (1 if signed else plan.examples_per_gradient)
+        )
         info = OneShotInfo(
             **done._asdict(),
             loss_before=loss(before, number),
@@ -255,6 +271,13 @@ def prune_one_shot(
         if on_stage is not None:
             on_stage(Stage(params, masks, info))
     return params, masks, jax.tree.map(lambda *fields: jnp.stack(fields), *infos)
+
+
+def _lost(masks: Masks) -> float | Array:
+    # Sparsity of the leaves that have lost anything; the criterion knows later which ones count.
+    leaves = [mask for mask in jax.tree.leaves(masks) if jnp.ndim(mask) >= 2]
+    size = sum(mask.size for mask in leaves)
+    return 1 - sum(jnp.sum(mask) for mask in leaves) / size if size else 0.0
 
 
 def _check_target(sparsity: Sparsity | None, pattern: Pattern | None, curvature: object) -> Sparsity | NM:

@@ -88,7 +88,8 @@ def prune_stages(
             curvature, gradient)` with `first_order`. None takes OBS, magnitude or WoodTaylor.
         method: As in `compensate`, or None to leave the survivors where they are.
         search: Candidates to choose the update from, in the place of `method`.
-        held_out_losses: With `search`, what chooses: losses at examples that no row is made from.
+        held_out_losses: With `search`, what chooses: losses at examples that no row is made from; None takes the usual
+            candidate.
         pattern: Which weights go together; None for single weights.
         floor: As in `make_masks`.
         scope: As in `make_masks`.
@@ -96,7 +97,7 @@ def prune_stages(
         first_order: Use the mean gradient as well, for networks that are not at a minimum.
         mean_gradient: With `first_order`, the gradient where it is not the mean of the rows; None takes that.
         gradient_scale: Factor on it: `1/s` for rows that average `s` examples, whose Fisher is `1/s` of that of single
-            examples, so that `H⁻¹ḡ` is the step of the latter.
+            examples but for `(1 − 1/s)ḡḡᵀ`, so that `H⁻¹ḡ` has the direction of the latter's step and is shorter.
         prunable: For each leaf, may it be pruned? None leaves that to the scores.
         strict: Outside `jit`, raise on scores that are not finite rather than leave their leaf as it is.
 
@@ -104,11 +105,14 @@ def prune_stages(
         Parameters, masks and what was done, after each stage.
 
     Raises:
-        ValueError: No sparsity and no pattern that fixes it; groups with the scope `"erdos_renyi"`.
+        ValueError: No sparsity and no pattern that fixes it; groups with the scope `"erdos_renyi"`, a criterion or
+            `prunable`.
 
     Cost:
         For each stage one curvature, its inverse diagonal, one `compensate` and two products.
     """
+    if pattern is not None and (criterion is not None or prunable is not None):
+        raise ValueError(f"{pattern} ranks groups by their own joint cost: leave criterion and prunable out.")
     if criterion is None:
         criterion = magnitude_scores if curvature is None else woodtaylor_scores if first_order else obs_scores
     initial = None
@@ -152,7 +156,7 @@ def prune_stages(
         else:
             raise ValueError("sparsity is None: pass the fraction to prune.")
         update, choice = None, None
-        if search is not None and held_out_losses is not None and hessian is not None:
+        if search is not None and hessian is not None:
             update, choice = choose_update(params, new_masks, hessian, gradient, search, held_out_losses)
         params, masks, info = move(params, masks, new_masks, scores, hessian, gradient, update, choice, method=method)
         yield params, masks, info

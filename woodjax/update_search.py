@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from woodjax.compensation import Method, compensate
-from woodjax.curvature import Curvature, LowRankFisher
+from woodjax.curvature import Curvature, LowRankFisher, StreamedFisher
 from woodjax.typing import Masks, Params, Updates
 
 SMALL, LARGE = 0.005, 0.05  # falls of the loss by less are not worth following, by more need no further proof
@@ -25,6 +25,18 @@ class UpdateSearch(NamedTuple):
     methods: tuple[Method, ...] = ("joint",)
     damping_multiples: tuple[float, ...] = (1.0,)  # of the curvature's damping, for joint updates
     steps: tuple[float, ...] = (1.0,)  # lengths of the survivors' move
+
+    @property
+    def usual(self) -> tuple[int, int]:
+        """Numbers of the candidate and of the step that stand unless others are clearly better."""
+        middle = len(self.damping_multiples) // 2 if self.methods[0] == "joint" else 0
+        return middle, self.steps.index(1.0) if 1.0 in self.steps else 0
+
+    def narrowed(self) -> "UpdateSearch":
+        """The usual candidate alone."""
+        candidate, step = self.usual
+        method, multiple = self.candidates[candidate]
+        return UpdateSearch((method,), (multiple,), (self.steps[step],))
 
     @property
     def is_fixed(self) -> bool:
@@ -58,7 +70,7 @@ def choose_update(
     curvature: Curvature,
     gradient: Params | None,
     search: UpdateSearch,
-    held_out_losses: Callable[[Params], Float[Array, " n"]],
+    held_out_losses: Callable[[Params], Float[Array, " n"]] | None,
 ) -> tuple[Updates, UpdateChoice]:
     """Take the update that held-out examples prefer.
 
@@ -74,7 +86,8 @@ def choose_update(
             at theirs.
         gradient: Mean gradient of a network that is not at a minimum, or None.
         search: The candidates.
-        held_out_losses: Losses of a network at examples that the curvature was not made from.
+        held_out_losses: Losses of a network at examples that the curvature was not made from; None takes the usual
+            candidate and step.
 
     Returns:
         The update, and what was chosen. A candidate whose loss is not finite is never chosen while another one's is.
@@ -85,17 +98,20 @@ def choose_update(
     """
     if not isinstance(curvature, LowRankFisher):
         search = search._replace(damping_multiples=(1.0,))
-    candidates = search.candidates
-    updates = _candidate_updates(params, masks, curvature, gradient, search=search)
+    if held_out_losses is None:
+        search, held_out_losses = search.narrowed(), _unknown
+    usual = search.usual
+    # A stream runs its own compiled steps from the host.
+    run = _updates_of if isinstance(curvature, StreamedFisher) else _candidate_updates
+    updates, candidates = run(params, masks, curvature, gradient, search=search), search.candidates
     numbers = range(len(candidates))
     losses = jnp.stack([held_out_losses(_moved(params, _take(updates, number))) for number in numbers])
-    usual = len(search.damping_multiples) // 2 if search.methods[0] == "joint" else 0
-    best = _preferred(losses, usual)
+    best = _preferred(losses, usual[0])
     update = _take(updates, best)
     step_losses = jnp.stack([
         losses[best] if t == 1 else held_out_losses(_moved(params, scale(update, masks, t))) for t in search.steps
     ])
-    length = _preferred(step_losses, search.steps.index(1.0) if 1.0 in search.steps else 0)
+    length = _preferred(step_losses, usual[1])
     step = jnp.array(search.steps)[length]
     choice = UpdateChoice(
         joint=jnp.array([method == "joint" for method, _ in candidates])[best],
@@ -122,6 +138,11 @@ def scale(update: Updates, masks: Masks, step: Float[Array, ""] | float) -> Upda
     return jax.tree.map(lambda u, mask: jnp.where(mask, jnp.asarray(step, u.dtype) * u, u), update, masks)
 
 
+def _unknown(params: Params) -> Float[Array, " 1"]:
+    del params
+    return jnp.full(1, jnp.nan)
+
+
 def _take(updates: Updates, number: Array | int) -> Updates:
     return jax.tree.map(lambda u: u[number], updates)
 
@@ -137,7 +158,8 @@ def _preferred(losses: Float[Array, "candidates n"], usual: int) -> Array:
     gain = losses[usual] - losses[best]
     noise = jnp.std(gain) / math.sqrt(losses.shape[1])
     # One outlier has noise as large as its gain: a large fall is taken for what it is.
-    clear = jnp.mean(gain) > jnp.clip(2 * noise, SMALL * mean[usual], LARGE * mean[usual])
+    size = jnp.abs(mean[usual])
+    clear = jnp.mean(gain) > jnp.clip(2 * noise, SMALL * size, LARGE * size)
     return jnp.where(clear | ~jnp.isfinite(mean[usual]), best, usual)
 
 
