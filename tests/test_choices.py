@@ -19,7 +19,7 @@ PLAN = partial(
 
 def test_plan_grows_with_the_pool_and_the_sparsity():
     assert PLAN(0.9, 60_000, 10**5) == (28, 1000, 8, 2048)
-    assert PLAN(0.9, 60_000, 10**5, first_order=True) == (32, 1000, 57, 2048)
+    assert PLAN(0.9, 60_000, 10**5, first_order=True) == (32, 1000, 32, 2048)
     assert PLAN(0.98, 3805, 268_336) == (47, 500, 6, 761)  # 512 MiB of rows
     assert PLAN(0.98, 3805, 25 * 10**6) == (47, 256, 8, 761)
     assert PLAN(0.5, 100, 100) == (9, 80, 1, 20)

@@ -20,7 +20,7 @@ TRACED_STAGES = 16
 FIRST_ORDER_STAGES = 32
 ROWS, LEAST_ROWS, ROW_BYTES = 1000, 256, 2**29  # gradient rows of a stage, and the memory that they may take
 EXAMPLES_PER_ROW = 8
-FIRST_ORDER_EXAMPLES_PER_ROW = 64
+FIRST_ORDER_EXAMPLES_PER_ROW = 32
 HELD_OUT_FRACTION, MOST_HELD_OUT, LEAST_HELD_OUT = 0.2, 2048, 8
 DAMPING_MULTIPLES = (0.1, 1.0, 10.0)
 FIRST_ORDER_MULTIPLES = (10.0, 100.0, 1000.0)  # a Newton step leaves the model's region where damping is small
@@ -81,7 +81,7 @@ def choose_plan(
         weights: Of the network.
         stages: Number, or `"auto"`: each takes about 8 % of the density off, up to 48.
         examples_per_stage: Number, or None.
-        examples_per_gradient: Number, or `"auto"`: up to 8, or 64 with `first_order`, as many as the pool has for
+        examples_per_gradient: Number, or `"auto"`: up to 8, or 32 with `first_order`, as many as the pool has for
             the rows: 1,000, fewer where they would take more than 512 MiB, but 256.
         held_out: Number, or `"auto"`: a fifth of the pool, at most 2,048, none of a pool of fewer than 40.
         searching: Is there anything that held-out examples decide?

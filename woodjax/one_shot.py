@@ -105,7 +105,7 @@ def prune_one_shot(
         examples_per_stage: Examples of the pool that each stage takes, fresh ones until the pool is used up; None
             for what the rows need, or all of them where `examples_per_gradient` is given.
         examples_per_gradient: Examples averaged into one row of the Fisher. `"auto"` makes at most 1,000 rows, or
-            512 MiB of them but at least 256, of up to 8 examples, added up with random signs (64, averaged, with
+            512 MiB of them but at least 256, of up to 8 examples, added up with random signs (32, averaged, with
             `first_order`).
         key: Shuffles the pool and draws the signs; None takes the pool in order.
         curvature: From per-example gradients to a curvature, for example
@@ -140,8 +140,8 @@ def prune_one_shot(
         Pruned parameters (pruned weights are exactly zero), masks, and what was done.
 
     Raises:
-        ValueError: `first_order` with nothing held out that keeps it in bounds; bad sparsity, stages, batch, loss or masks; scores or updates that are not
-            finite (outside `jit`), naming the leaves.
+        ValueError: `first_order` with nothing held out that keeps it in bounds; bad sparsity, stages, batch, loss or
+            masks; scores or updates that are not finite (outside `jit`), naming the leaves.
 
     Cost:
         For each stage a backward pass for each of its examples (up to 8,000), flops and memory of the curvature (for
