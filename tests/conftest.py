@@ -8,6 +8,7 @@ import pytest
 
 # Compilation of a new shape takes longer than hypothesis allows an example by default.
 hypothesis.settings.register_profile("woodjax", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile("few", deadline=None, max_examples=5, derandomize=True)  # the second run of CI
 hypothesis.settings.load_profile("woodjax")
 
 

@@ -136,7 +136,7 @@ def test_recomputations_are_stages_from_the_sparsity_there_is():
     params, state = run(tx, 2)
     params, state, _ = REFRESH(params, state, DATA, 0.5)
     pruned, _, info = REFRESH(params, state, DATA, 0.875, recomputations=2)
-    one_shot = partial(wj.prune_one_shot, loss_fn, batch=DATA)
+    one_shot = partial(wj.prune_one_shot, loss_fn, batch=DATA, **wj.FIXED)
     middle, masks, first = one_shot(params=params, sparsity=0.75, masks=wj.get_masks(state))
     expected, _, second = one_shot(params=middle, sparsity=0.875, masks=masks)
     chex.assert_trees_all_close(pruned, expected, rtol=1e-4, atol=1e-5)
