@@ -85,23 +85,21 @@ def test_the_candidate_that_held_out_examples_prefer_is_taken(method, multiple, 
     """A loss that is lowest at one of the candidates finds that one."""
     params, masks, fisher = quadratic_problem()
     strong = wj.low_rank_fisher({"w": fisher.gradients.reshape(6, 3, 4)}, damping=0.1 * multiple)
-    wanted = scale(wj.compensate(params, masks, strong, method=method), masks, step)
-
     whole = wj.compensate(params, masks, strong, method=method)
-    search = wj.UpdateSearch(("joint", "sum"), (0.1, 1.0, 10.0), (0.0, 0.5, 1.0))
-    calls = []
+    part = scale(whole, masks, step)
 
-    def held_out_losses(moved):
-        # The first calls choose rule and damping, at full step.
-        calls.append(1)
-        goal = whole if len(calls) <= len(search.candidates) else wanted
-        return jnp.full(4, jnp.sum((moved["w"] - params["w"] - goal["w"]) ** 2))
+    def nearest(goal):
+        return lambda moved: jnp.full(4, jnp.sum((moved["w"] - params["w"] - goal["w"]) ** 2))
 
-    update, choice = wj.choose_update(params, masks, fisher, None, search, held_out_losses)
+    rules = wj.UpdateSearch(("joint", "sum"), (0.1, 1.0, 10.0), (1.0,))
+    update, choice = wj.choose_update(params, masks, fisher, None, rules, nearest(whole))
     assert bool(choice.joint) == (method == "joint")
     assert float(choice.damping_multiple) == multiple
+    np.testing.assert_allclose(update["w"], whole["w"], rtol=1e-3, atol=1e-4)
+    steps = wj.UpdateSearch((method,), (multiple,), (0.0, 0.5, 1.0))
+    update, choice = wj.choose_update(params, masks, fisher, None, steps, nearest(part))
     assert float(choice.step) == step
-    np.testing.assert_allclose(update["w"], wanted["w"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(update["w"], part["w"], rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(np.asarray(update["w"])[~masks["w"]], -params["w"][~masks["w"]])
 
 
@@ -185,7 +183,7 @@ def test_first_order_never_diverges():
     free = wj.prune_one_shot(loss_fn, params, data(), 0.7, **{**wj.FIXED, **options})[0]
     searched, _, info = wj.prune_one_shot(loss_fn, params, data(), 0.7, **options)
     assert float(mean_loss(free, data())) > 100
-    assert float(mean_loss(searched, data())) < 3
+    assert float(mean_loss(searched, data())) < float(mean_loss(free, data())) / 50
     assert (info.choice.held_out_loss <= info.choice.step_losses[:, 0]).all()  # at worst the survivors stay
 
 
