@@ -58,8 +58,7 @@ def setting(network: str, *, quick: bool) -> Setting:
     if network == "mlpnet" and quick:
         rows = {
             "magnitude": row("magnitude"),
-            "joint-staged": row("joint-staged", 500, stages=16),
-            "auto": row("auto", 500, None),
+            "auto": Row(recipes()["auto"], 400, None),
         }
         return Setting("mnist", "checkpoints/mlpnet_mnist.safetensors", (0.9, 0.95, 0.98), rows)
     if network == "mlpnet":
