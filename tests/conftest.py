@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import hypothesis
+import jax
 import pytest
 
 # Compilation of a new shape takes longer than hypothesis allows an example by default.
@@ -18,3 +19,10 @@ def data_dir():
     if not folder or not Path(folder).is_dir():
         pytest.skip("WOODJAX_DATA_DIR names no folder with MNIST, CIFAR-10 and checkpoints")
     return Path(folder)
+
+
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)

@@ -54,13 +54,6 @@ def test_order_and_losses_are_those_of_explicit_inverses(seed):
     np.testing.assert_allclose(np.sum(losses), everything, rtol=1e-3)
 
 
-@pytest.fixture
-def x64():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 @pytest.mark.usefixtures("x64")
 def test_a_trace_in_mixed_precision():
     inverse, weights = jax.ShapeDtypeStruct((3, 3), "float32"), jax.ShapeDtypeStruct((3,), "float64")

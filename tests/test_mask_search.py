@@ -179,13 +179,6 @@ def test_many_swaps_at_once_on_a_larger_problem():
     assert (np.diff(info.quadratic) <= 0).all()
 
 
-@pytest.fixture
-def x64():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
 def test_types_agree_where_float64_is_switched_on(dtype):

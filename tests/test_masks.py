@@ -123,13 +123,6 @@ def test_empty_leaves_have_empty_masks():
     assert masks["w"].tolist() == [[False, False, True, True]]
 
 
-@pytest.fixture
-def x64():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 @pytest.mark.usefixtures("x64")
 def test_float64_scores_are_told_apart():
     scores = {"w": jnp.array([1 + 1e-12, 1.0, 1 + 2e-12, -1.0])}

@@ -118,20 +118,18 @@ def test_bfloat16_parameters_are_multiplied_in_float32():
     np.testing.assert_allclose(found["w1"], expected["w1"], rtol=0.2, atol=0.05 * np.abs(expected["w1"]).max())
 
 
+@pytest.mark.usefixtures("x64")
 def test_float64_mode():
     params, batch = problem(6)
-    try:
-        jax.config.update("jax_enable_x64", True)
-        stream = wj.stream_gradients(loss_fn, params, batch, microbatch_size=4)
-        for fisher in (
-            wj.low_rank_fisher(stream, damping=0.1),
-            wj.streamed_fisher(stream, window_size=5, damping=0.1),
-            wj.block_fisher(stream, block_size=3, damping=0.1),
-            wj.row_fisher(stream, damping=0.1),
-        ):
-            assert fisher.solve(params)["w1"].dtype == jnp.float32
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    params, batch = jax.tree.map(lambda x: x.astype(jnp.float32), (params, batch))
+    stream = wj.stream_gradients(loss_fn, params, batch, microbatch_size=4)
+    for fisher in (
+        wj.low_rank_fisher(stream, damping=0.1),
+        wj.streamed_fisher(stream, window_size=5, damping=0.1),
+        wj.block_fisher(stream, block_size=3, damping=0.1),
+        wj.row_fisher(stream, damping=0.1),
+    ):
+        assert fisher.solve(params)["w1"].dtype == jnp.float32
 
 
 def test_engines_that_need_rows_or_windows_say_so():

@@ -279,6 +279,29 @@ class LossRow:
         return jax.grad(self.loss)(params, row)
 
 
+@partial(jax.jit, static_argnames="microbatch_size")
+def example_losses(
+    params: Params, examples: Batch, loss_row: LossRow, *, microbatch_size: int | None
+) -> Float[Array, " n"]:
+    """Loss of every example.
+
+    Args:
+        params: A params-tree.
+        examples: `[n, ...]`.
+        loss_row: The loss.
+        microbatch_size: Examples computed at once; None for all.
+
+    Returns:
+        `[n]`.
+
+    Cost:
+        `n` forward passes.
+    """
+    if microbatch_size is None:
+        return jax.vmap(loss_row.loss, in_axes=(None, 0))(params, examples)
+    return lax.map(lambda x: loss_row.loss(params, x), examples, batch_size=microbatch_size)
+
+
 @dataclass(frozen=True)
 class _SampledRows:
     """Gradients of one input at labels drawn from the model."""

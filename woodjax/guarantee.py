@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from woodjax.gradients import LossRow, batch_size
+from woodjax.gradients import LossRow, batch_size, example_losses
 from woodjax.one_shot import prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.tree import check_floating, check_like
@@ -226,9 +226,4 @@ def _prune(loss_fn: LossFn, params: Params, pool: Batch, sparsity: float) -> tup
 
 
 def _losses(params: Params, examples: Batch, row: LossRow, microbatch_size: int) -> Float[np.ndarray, " n"]:
-    return np.asarray(_losses_on_device(params, examples, row, microbatch_size=microbatch_size), np.float64)
-
-
-@partial(jax.jit, static_argnames="microbatch_size")
-def _losses_on_device(params: Params, examples: Batch, row: LossRow, *, microbatch_size: int) -> Float[Array, " n"]:
-    return jax.lax.map(lambda example: row.loss(params, example), examples, batch_size=microbatch_size)
+    return np.asarray(example_losses(params, examples, row, microbatch_size=microbatch_size), np.float64)

@@ -1,7 +1,6 @@
 """One-shot pruning: gradients → curvature → scores → masks → updates, in one or several stages."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from woodjax.choices import Auto, choose_plan, choose_search
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
-from woodjax.gradients import LossRow, batch_size
+from woodjax.gradients import LossRow, batch_size, example_losses
 from woodjax.masks import Scope, Sparsity, check_sparsity
 from woodjax.patterns import NM, Pattern
 from woodjax.schedules import Path, check_stages
@@ -220,12 +219,12 @@ def prune_one_shot(
     def loss(params: Params, number: int) -> Float[Array, ""]:
         if not measure_loss:
             return jnp.full((), jnp.nan)
-        return jnp.mean(_losses(params, examples_of(number), row_loss, microbatch_size=microbatch_size))
+        return jnp.mean(example_losses(params, examples_of(number), row_loss, microbatch_size=microbatch_size))
 
     aside = take(size - 1 - jnp.arange(plan.held_out)) if plan.held_out else None
 
     def held_out_losses(params: Params) -> Float[Array, " n"]:
-        return _losses(params, aside, row_loss, microbatch_size=microbatch_size)
+        return example_losses(params, aside, row_loss, microbatch_size=microbatch_size)
 
     infos, before = [], params
     stages_done = prune_stages(
@@ -274,7 +273,7 @@ def prune_one_shot(
 
 
 def _lost(masks: Masks) -> float | Array:
-    # Sparsity of the leaves that have lost anything; the criterion knows later which ones count.
+    # Sparsity over all kernels: which of them count is known only when they are scored.
     leaves = [mask for mask in jax.tree.leaves(masks) if jnp.ndim(mask) >= 2]
     size = sum(mask.size for mask in leaves)
     return 1 - sum(jnp.sum(mask) for mask in leaves) / size if size else 0.0
@@ -291,10 +290,3 @@ def _check_target(sparsity: Sparsity | None, pattern: Pattern | None, curvature:
         raise ValueError("sparsity is missing: pass the fraction to prune, between 0 and 1.")
     check_sparsity(sparsity)
     return sparsity
-
-
-@partial(jax.jit, static_argnames="microbatch_size")
-def _losses(params: Params, examples: Batch, loss_row: LossRow, *, microbatch_size: int | None) -> Float[Array, " n"]:
-    if microbatch_size is None:
-        return jax.vmap(loss_row.loss, in_axes=(None, 0))(params, examples)
-    return jax.lax.map(lambda x: loss_row.loss(params, x), examples, batch_size=microbatch_size)

@@ -152,7 +152,7 @@ def _moved(params: Params, update: Updates) -> Params:
 
 
 def _preferred(losses: Float[Array, "candidates n"], usual: int) -> Array:
-    # The lowest mean, if it is below the usual one's by more than the standard error of the difference.
+    # The lowest mean, if it is clearly below the usual one's.
     mean = jnp.mean(losses, axis=1)
     best = jnp.argmin(jnp.where(jnp.isfinite(mean), mean, jnp.inf))
     gain = losses[usual] - losses[best]
