@@ -22,9 +22,9 @@ from rich.progress import track
 from scipy.stats import spearmanr
 
 import woodjax as wj
-from woodjax.adapters.losses import cross_entropy
 from woodjax.adapters.nnx import functional
 from woodjax.datasets import load_dataset
+from woodjax.losses import cross_entropy
 from woodjax.models.mlp import MLP
 from woodjax.training import train
 

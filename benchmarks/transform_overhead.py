@@ -20,8 +20,8 @@ from flax import nnx
 from records import Recorder, parser, pin_blas, seeds
 
 import woodjax as wj
-from woodjax.adapters.losses import cross_entropy
 from woodjax.adapters.nnx import functional
+from woodjax.losses import cross_entropy
 from woodjax.models import lenet_300_100
 
 NEVER = wj.one_shot_schedule(2**30, 0.9)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from woodjax.adapters.losses import cross_entropy
 from woodjax.adapters.nnx import functional
 from woodjax.comparison import load_problem
+from woodjax.losses import cross_entropy
 from woodjax.models import mlpnet, resnet20
 from woodjax.typing import Batch, LossFn, Params
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jax import lax
 
 import woodjax as wj
-from woodjax.adapters.losses import cross_entropy
 from woodjax.adapters.nnx import functional
+from woodjax.losses import cross_entropy
 from woodjax.models.resnet import resnet20
 from woodjax.ranking import LARGEST_COST, Cost, fewest_that_cost
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import woodjax as wj
-from woodjax.adapters.losses import cross_entropy
+from woodjax.losses import cross_entropy
 
 NAMES = ("first", "last")
 BUILDERS = {"kronecker": wj.kronecker_fisher, "inputs": wj.layer_input_hessian}

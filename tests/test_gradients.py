@@ -14,7 +14,7 @@ from flax import nnx
 import woodjax as wj
 from woodjax.adapters import linen as linen_adapter
 from woodjax.adapters import nnx as nnx_adapter
-from woodjax.adapters.losses import cross_entropy
+from woodjax.losses import cross_entropy
 
 KEY = jax.random.key(0)
 

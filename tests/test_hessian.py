@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 import woodjax as wj
-from woodjax.adapters.losses import cross_entropy
+from woodjax.losses import cross_entropy
 
 KEY = jax.random.key(0)
 

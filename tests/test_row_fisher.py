@@ -8,8 +8,8 @@ import pytest
 
 import woodjax as wj
 from woodjax.adapters import linen as linen_adapter
-from woodjax.adapters.losses import cross_entropy
 from woodjax.gradients import LossRow
+from woodjax.losses import cross_entropy
 from woodjax.taps import TapRow, dense_leaves
 
 

@@ -16,7 +16,7 @@ from flax.training.train_state import TrainState
 import woodjax as wj
 from woodjax.adapters import linen as linen_bridge
 from woodjax.adapters import nnx as nnx_bridge
-from woodjax.adapters.losses import cross_entropy
+from woodjax.losses import cross_entropy
 
 INPUTS = jax.random.normal(jax.random.key(0), (24, 6, 6, 2)) + 0.5
 LABELS = jnp.arange(24) % 3

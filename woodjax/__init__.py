@@ -61,6 +61,7 @@ from woodjax.linalg import (
     woodbury_scan,
     woodbury_scan_rank_k,
 )
+from woodjax.losses import cross_entropy
 from woodjax.macs import weight_macs
 from woodjax.mask_search import SearchInfo, search_masks
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
@@ -149,6 +150,7 @@ __all__ = [
     "column_sweep",
     "compensate",
     "contract",
+    "cross_entropy",
     "cubic_schedule",
     "diagonal_curvature",
     "diagonal_fisher",

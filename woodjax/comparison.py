@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from woodjax.adapters.losses import cross_entropy
 from woodjax.adapters.nnx import functional
 from woodjax.datasets import Dataset, load_dataset
+from woodjax.losses import cross_entropy
 from woodjax.models import NETWORKS, load_torch_layout
 from woodjax.one_shot import Stage
 from woodjax.recipes import Recipe, prune

@@ -9,8 +9,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-from woodjax.adapters.losses import cross_entropy
 from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
+from woodjax.losses import cross_entropy
 from woodjax.masks import Sparsity
 from woodjax.transform import RefreshInfo, get_info, get_masks
 from woodjax.transform import refresh as woodjax_refresh
