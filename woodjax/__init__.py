@@ -42,7 +42,17 @@ from woodjax.exact_obs import ExactObsInfo, exact_obs
 from woodjax.gradients import all_class_gradients, per_example_gradients, sample_labels, sampled_label_gradients
 from woodjax.groups import expand_group_masks, group_scores, pattern_masks
 from woodjax.guarantee import GuaranteeInfo, prune_to_loss, split_batch
-from woodjax.hessian import DiagonalEstimate, gauss_newton_diagonal, hutchinson_diagonal, hvp
+from woodjax.hessian import (
+    MINIMUM_PROBES,
+    AxisTraceEstimate,
+    DiagonalEstimate,
+    TraceEstimate,
+    gauss_newton_diagonal,
+    hutchinson_axis_traces,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    hvp,
+)
 from woodjax.linalg import (
     DampedInverse,
     Whitener,
@@ -101,8 +111,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FIXED",
+    "MINIMUM_PROBES",
     "NM",
     "Accumulator",
+    "AxisTraceEstimate",
     "Block",
     "BlockFisher",
     "BlockSums",
@@ -137,6 +149,7 @@ __all__ = [
     "Stage",
     "StreamedFisher",
     "SweptKernel",
+    "TraceEstimate",
     "UpdateChoice",
     "UpdateSearch",
     "Whitener",
@@ -171,7 +184,9 @@ __all__ = [
     "gram",
     "group_scores",
     "hoeffding_bentkus_p_value",
+    "hutchinson_axis_traces",
     "hutchinson_diagonal",
+    "hutchinson_trace",
     "hvp",
     "is_kernel",
     "joint_step_gram",
