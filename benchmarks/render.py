@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import published
+import render_diagonals
 import render_engines
 import render_gradual
 import render_inverse_quality
@@ -23,6 +24,7 @@ from woodjax.report import Result
 
 Record = dict[str, Any]
 OTHERS = {
+    "diagonals": render_diagonals,
     "engines": render_engines,
     "gradual": render_gradual,
     "inverse_quality": render_inverse_quality,
