@@ -30,7 +30,7 @@ def table(records: list[Record]) -> str:
         "",
         f"Gauss–Newton diagonal against `H eᵢ`: relative error {max(exact):.1e} at most, {len(exact)} seeds.",
         "Hutchinson's diagonal: root-mean-square error over the root mean square of the exact one, mean over seeds;",
-        f"at a temperature `T` the estimate is multiplied by `T²`. JAX {first['env']['jax']}, {first['env']['device']}.",
+        f"at a temperature `T` estimates are multiplied by `T²`. JAX {first['env']['jax']}, {first['env']['device']}.",
         "",
         "| temperature | signs for each | " + " | ".join(f"{count} probes" for count in counts) + " |",
         "|---|---|" + "---|" * len(counts),

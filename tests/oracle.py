@@ -96,3 +96,14 @@ def column_sweep(kernel, hessian, block_size, choose):
         for o in np.flatnonzero(pruned[i]):
             w[i:, o] -= w[i, o] / inverse[0, 0] * inverse[:, 0]
     return np.where(pruned, 0, w), ~pruned
+
+
+def probe_variance(hessian, block):
+    """Variance of `Σ_{q∈block} z_q (Hz)_q` over random signs `z`: pairs inside the block meet twice.
+
+    Avron & Toledo 2011, lemma 9, for all coordinates: 2(‖H‖² − Σ H_qq²); Bekas et al. 2007 for a single one.
+    """
+    squares = np.asarray(hessian, np.float64) ** 2
+    np.fill_diagonal(squares, 0)
+    inside = np.isin(np.arange(len(squares)), block)
+    return 2 * squares[np.ix_(inside, inside)].sum() + squares[np.ix_(inside, ~inside)].sum()
