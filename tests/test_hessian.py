@@ -93,6 +93,38 @@ def test_gauss_newton_diagonal_is_that_of_the_exact_fisher():
     assert np.abs(gap).max() > 1e-2 * flat(found).max()
 
 
+def convolutions(p, x, smooth=False):
+    """Convolution, batch normalisation in eval mode (or layer normalisation), ReLU (or GELU), max-pooling, twice."""
+    for layer in (p["first"], p["second"]):
+        x = jax.lax.conv_general_dilated(x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        if smooth:
+            x = jax.nn.gelu(jax.nn.standardize(x) * layer["scale"] + layer["bias"])
+        else:
+            x = jax.nn.relu((x - 0.1) / jnp.sqrt(1.5) * layer["scale"] + layer["bias"])
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return x.mean((1, 2)) @ p["last"]
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_gauss_newton_diagonal_of_a_convolutional_network(smooth):
+    """That of the Hessian with ReLUs and batch normalisation in eval mode, and only positive without."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(0.5 * rng.standard_normal(shape), jnp.float32)
+    layer = lambda inputs: {"kernel": normal(3, 3, inputs, 4), "scale": 1 + normal(4), "bias": normal(4)}
+    params = {"first": layer(2), "last": normal(4, 3), "second": layer(4)}
+    batch = (2 * normal(3, 8, 8, 2), jnp.array([0, 1, 2]))
+    network = partial(convolutions, smooth=smooth)
+    found, back = ravel_pytree(wj.gauss_newton_diagonal(network, params, batch[0], microbatch_size=3))
+    loss_fn, chosen = cross_entropy(network), rng.choice(found.size, 24, replace=False)
+    units = [back(jnp.zeros(found.size).at[q].set(1)) for q in chosen]
+    exact = np.array([flat(wj.hvp(loss_fn, params, batch, unit))[q] for q, unit in zip(chosen, units, strict=True)])
+    error = np.linalg.norm(found[chosen] - exact) / np.linalg.norm(exact)
+    assert error > 0.01 if smooth else error < 1e-5
+    assert found.min() >= 0
+    if smooth:
+        assert exact.min() < 0
+
+
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 def test_hutchinson_agrees_within_its_standard_error(microbatch_size):
     params, batch = problem()

@@ -92,10 +92,11 @@ def test_estimates_are_unbiased_and_know_their_variance(signs, seed):
 def test_signs_for_each_example_share_out_what_examples_share():
     """`n` times less variance where examples have one Hessian; more where their Hessians cancel."""
     params, one = problem(n=1)
-    error = lambda batch, signs: float(estimate(wj.hutchinson_trace, params, batch, KEY, signs).total_standard_error)
-    equal = np.repeat(one, 8, axis=0)
-    np.testing.assert_allclose(error(equal, "batch") / error(equal, "example"), np.sqrt(8), rtol=0.1)
-    opposite = equal * np.array([1, -1] * 4, np.float32)[:, None, None]
+    run = partial(estimate, wj.hutchinson_trace, params)
+    error = lambda batch, signs: float(run(batch, KEY, signs).total_standard_error)
+    equal = np.repeat(one, 5, axis=0)
+    np.testing.assert_allclose(error(equal, "batch") / error(equal, "example"), np.sqrt(5), rtol=0.1)
+    opposite = equal * np.array([1, -1, 1, -1, 0], np.float32)[:, None, None]
     assert error(opposite, "batch") < 1e-5 < error(opposite, "example")
 
 
@@ -114,12 +115,11 @@ def test_one_set_of_signs_under_every_function_and_shape_of_the_loop():
     same(rows.traces, jax.tree.map(lambda x: x.sum(tuple(range(1, x.ndim))), diagonal.diagonal))
 
     alone = run(wj.hutchinson_diagonal, signs="batch", microbatch_size=1)
-    for microbatch_size in (None, 2):
-        for probes_at_once in (1, 3):
-            shape = {"microbatch_size": microbatch_size, "probes_at_once": probes_at_once}
-            found = run(wj.hutchinson_diagonal, signs="example", **shape)
-            same(found, alone, rtol=1e-4)
-            assert int(found.probes) == 7
+    for microbatch_size, probes_at_once in ((None, 3), (2, 1)):
+        shape = {"microbatch_size": microbatch_size, "probes_at_once": probes_at_once}
+        found = run(wj.hutchinson_diagonal, signs="example", **shape)
+        same(found, alone, rtol=1e-4)
+        assert int(found.probes) == 7
     assert not np.allclose(flat(diagonal.diagonal), flat(alone.diagonal), rtol=1e-2)
 
 
@@ -131,7 +131,8 @@ def test_the_rule_stops_and_keeps_its_promise():
     used = np.asarray(found.probes)
     needed = oracle.probe_variance(matrices.mean(0), range(D)) / (tolerance * exact) ** 2
     assert wj.MINIMUM_PROBES < needed < 200
-    assert wj.MINIMUM_PROBES <= used.min() and used.max() < 400
+    assert used.min() >= wj.MINIMUM_PROBES
+    assert used.max() < 400
     np.testing.assert_allclose(used.mean(), needed, rtol=0.25)
     assert (found.total_standard_error <= tolerance * np.abs(found.total) * (1 + 1e-5)).all()
     relative = np.asarray(found.total) / exact - 1
@@ -141,14 +142,14 @@ def test_the_rule_stops_and_keeps_its_promise():
 
 def test_the_rule_outside_jit_inside_and_over_constants():
     params, matrices = problem(shared=0.3)
-    for function in (wj.hutchinson_trace, wj.hutchinson_diagonal, wj.hutchinson_axis_traces):
-        run = partial(function, quadratic_loss, tolerance=0.3, probes=300, probes_at_once=4, microbatch_size=2)
-        outside, inside = run(params, matrices, KEY), jax.jit(run)(params, matrices, KEY)
-        same(inside, outside, rtol=1e-4)
-        assert wj.MINIMUM_PROBES < int(outside.probes) < 300
-        if function is wj.hutchinson_trace:
-            same(jax.jit(lambda: run(params, matrices, KEY))(), outside, rtol=1e-4)
-    errors, values = flat(outside.standard_error), flat(outside.traces)
+    options = {"tolerance": 0.3, "probes": 300, "probes_at_once": 4, "microbatch_size": 2, "check": False}
+    run = partial(wj.hutchinson_trace, quadratic_loss, **options)
+    outside = run(params, matrices, KEY)
+    same(jax.jit(run)(params, matrices, KEY), outside, rtol=1e-4)
+    same(jax.jit(lambda: run(params, matrices, KEY))(), outside, rtol=1e-4)
+    found = wj.hutchinson_axis_traces(quadratic_loss, params, matrices, KEY, **options)
+    assert wj.MINIMUM_PROBES < int(found.probes) < 300
+    errors, values = flat(found.standard_error), flat(found.traces)
     assert np.sum(errors**2) <= 0.09 * (np.sum(values**2) - np.sum(errors**2))
 
 
@@ -168,7 +169,8 @@ def test_leaves_that_are_not_selected_are_constants():
     params, matrices = problem()
     only_last = lambda path, leaf: path == "last"
     found = wj.hutchinson_trace(quadratic_loss, params, matrices, KEY, probes=9, select=only_last)
-    assert np.isnan(found.trace["bias"]) and np.isnan(found.standard_error["first"])
+    assert np.isnan(found.trace["bias"])
+    assert np.isnan(found.standard_error["first"])
     np.testing.assert_allclose(found.total, found.trace["last"])
     inside = np.zeros_like(matrices)
     inside[:, 9:, 9:] = matrices[:, 9:, 9:]
@@ -184,9 +186,8 @@ def test_dtypes(x64):
     run = lambda dtype: wj.hutchinson_axis_traces(
         quadratic_loss, jax.tree.map(lambda w: w.astype(dtype), params), matrices, KEY, probes=5, signs="example"
     ).traces["first"]
-    single, half, double = run(jnp.float32), run(jnp.bfloat16), run(jnp.float64)
-    assert (single.dtype, half.dtype, double.dtype) == (jnp.float32, jnp.float32, jnp.float64)
-    np.testing.assert_allclose(single, double, rtol=1e-5)
+    half, double = run(jnp.bfloat16), run(jnp.float64)
+    assert (half.dtype, double.dtype) == (jnp.float32, jnp.float64)
     np.testing.assert_allclose(half, double, atol=0.02 * np.abs(double).max())
 
 
