@@ -1,6 +1,7 @@
 """Random signs `z`, and what `z ⊙ Hz` is summed to."""
 
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -92,8 +93,10 @@ def add_probes(
 
 
 def _signs(key: Key[Array, ""], leaves: list[Array], asked: list[int]) -> Values:
-    keys = jax.random.split(key, len(leaves))
-    return [jax.random.rademacher(keys[i], leaves[i].shape, leaves[i].dtype) for i in asked]
+    # One draw for all leaves: XLA would compile the generator anew for each.
+    signs = jax.random.rademacher(key, (sum(leaf.size for leaf in leaves),), jnp.int8)
+    starts = list(accumulate((leaf.size for leaf in leaves), initial=0))
+    return [signs[starts[i] : starts[i + 1]].reshape(leaves[i].shape).astype(leaves[i].dtype) for i in asked]
 
 
 def _reduce(z: Values, product: Values, totals: Values, probing: Probing) -> Values:
