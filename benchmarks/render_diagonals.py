@@ -32,7 +32,9 @@ def table(records: list[Record]) -> str:
         "Hutchinson's diagonal: root-mean-square error over the root mean square of the exact one, mean over seeds;",
         f"at a temperature `T` estimates are multiplied by `T²`. JAX {first['env']['jax']}, {first['env']['device']}.",
         "",
-        "| temperature | signs for each | " + " | ".join(f"{count} probes" for count in counts) + " |",
+        "| temperature | signs for each | "
+        + " | ".join(f"{count} probe{'s' * (count > 1)}" for count in counts)
+        + " |",
         "|---|---|" + "---|" * len(counts),
     ]
     for (temperature, signs), row in cells.items():
@@ -60,6 +62,6 @@ def picture(records: list[Record]) -> Figure:
     axes.set_xlabel("probes")
     axes.set_ylabel("error of diag(H), relative")
     axes.set_title(f"{records[0]['network']} on {records[0]['dataset']}, at initialization")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     return figure

@@ -16,7 +16,10 @@ def gauss_newton_diagonal(apply_fn: ApplyFn, params: Params, inputs: Batch, *, m
 
     `Σ_c p_c J_c² − (Σ_c p_c J_c)²` with `J` the Jacobian of the logits, summed as `Σ_c p_c (J_c − Σ_k p_k J_k)²`,
     which does not cancel. It is the exact Fisher's diagonal, and `diag(H)` itself where the network is piecewise
-    linear in each single weight: ReLUs, max-pooling, batch normalisation in eval mode.
+    linear in each single weight: ReLUs, max-pooling, batch normalisation in eval mode, no weight used twice. With
+    smooth activations (GELU) or layer normalisation it leaves out the mean of `Σ_c (p_c − y_c) ∂²f_c/∂w²`: a positive
+    semidefinite approximation of a diagonal that may be negative. For logits at a temperature pass an `apply_fn` that
+    divides by it.
 
     Args:
         apply_fn: `apply_fn(params, inputs) -> logits [n, C]`, eval mode.
