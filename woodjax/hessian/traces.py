@@ -59,8 +59,8 @@ def hutchinson_trace(
     `(1/n²) Σ ‖Aᵢ‖²`. The second is lower if the `Aᵢ` agree (`Σ_{i≠j} ⟨Aᵢ, Aⱼ⟩ > 0`), at most `n`-fold, for the same
     number of operations, and higher where they cancel. In a trained and an untrained network the error of signs for
     each example was 0.7 to 1.0 times that of signs for the batch (diagonals, 10 and 64 examples). On CPU products for
-    every example took 1.4 to 2.4 times as long (convolutions of 8 channels, one probe at a time): as much as more probes
-    would, so that `"batch"` is the default.
+    every example took 1.4 to 2.4 times as long (convolutions of 8 channels, one probe at a time): as long as more
+    probes of equal worth, so that `"batch"` is the default.
 
     Args:
         loss_fn: `loss_fn(params, example) -> scalar` for one example, as in `per_example_gradients`.
