@@ -43,6 +43,7 @@ from woodjax.gradients import all_class_gradients, per_example_gradients, sample
 from woodjax.groups import expand_group_masks, group_scores, pattern_masks
 from woodjax.guarantee import GuaranteeInfo, prune_to_loss, split_batch
 from woodjax.hessian import DiagonalEstimate, gauss_newton_diagonal, hutchinson_diagonal, hvp
+from woodjax.kinds import hidden_kernels
 from woodjax.linalg import (
     DampedInverse,
     Whitener,
@@ -170,6 +171,7 @@ __all__ = [
     "gradient_window",
     "gram",
     "group_scores",
+    "hidden_kernels",
     "hoeffding_bentkus_p_value",
     "hutchinson_diagonal",
     "hvp",
