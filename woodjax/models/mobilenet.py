@@ -75,7 +75,7 @@ def mobilenet_v1(rngs: nnx.Rngs, *, classes: int = 10, stem: Stem = "cifar") -> 
         The network of width 1, NHWC inputs.
 
     References:
-        Howard et al. 2017 (arXiv 1704.04861), table 1, whose last stride of 2 is 1 here as in all implementations;
-        for CIFAR as in kuangliu/pytorch-cifar.
+        Howard et al. 2017 (arXiv 1704.04861), table 1, where the last convolution of stride 2 keeps the size: its
+        stride is 1 here. For CIFAR as in kuangliu/pytorch-cifar.
     """
     return MobileNet(classes=classes, stem=stem, rngs=rngs)
