@@ -3,6 +3,7 @@
 from functools import partial
 
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,6 +101,34 @@ def language_model(tied):
 def test_language_model(tied):
     """Tables, tokens, positions and scales are not multiplied; a table that is the classifier too is the classifier."""
     assert hidden(*language_model(tied), IDS) == {"qkv", "out"}
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+        return x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x)))), None
+
+
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        table = nn.Embed(11, 8)
+        x = table(ids) + self.param("positions", nn.initializers.normal(), (1, 5, 8))
+        blocks = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return table.attend(nn.LayerNorm()(blocks()(x, None)[0]))
+
+
+def test_a_linen_transformer_of_stacked_layers():
+    """Stacked biases have two and three axes, and the table is tied: none of them is a hidden kernel."""
+    module, ids = Transformer(), jnp.zeros((2, 5), int)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), ids))["params"]
+    found = hidden(lambda p, x: module.apply({"params": p}, x), params, ids)
+    assert {path.split("/", 1)[1] for path in found} == {
+        *(f"MultiHeadDotProductAttention_0/{name}/kernel" for name in ("query", "key", "value", "out")),
+        "Dense_0/kernel",
+        "Dense_1/kernel",
+    }
 
 
 def test_a_tied_table_that_is_multiplied_at_both_ends_is_an_output_layer():
