@@ -53,6 +53,7 @@ from woodjax.hessian import (
     hutchinson_trace,
     hvp,
 )
+from woodjax.kinds import hidden_kernels
 from woodjax.linalg import (
     DampedInverse,
     Whitener,
@@ -183,6 +184,7 @@ __all__ = [
     "gradient_window",
     "gram",
     "group_scores",
+    "hidden_kernels",
     "hoeffding_bentkus_p_value",
     "hutchinson_axis_traces",
     "hutchinson_diagonal",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from woodjax.programs import has_products, inner_programs, multiply_adds, program_of
 from woodjax.tree import path_name
 from woodjax.typing import Batch, Example, Params
 
@@ -60,11 +61,12 @@ def weight_macs(function: Callable[[Params, Any], Any], params: Params, example:
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = [path_name(path) for path, _ in paths]
     sizes = [math.prod(leaf.shape) for _, leaf in paths]
-    program = jax.make_jaxpr(function)(params, example)
-    owners: list[Owner] = [*(Held(*pair) for pair in enumerate(sizes)), *(None for _ in jax.tree.leaves(example))]
-    fixed = [owner is not None for owner in owners]
+    program, carried = program_of(function, params, example)
+    inputs = len(jax.tree.leaves(example))
+    owners: list[Owner] = [*[None] * carried, *(Held(*pair) for pair in enumerate(sizes)), *[None] * inputs]
+    fixed = [True] * (carried + len(sizes)) + [False] * inputs
     totals: Counter[int] = Counter()
-    _walk(program.jaxpr, owners, fixed, 1, totals, names)
+    _walk(program, owners, fixed, 1, totals, names)
     return jax.tree.unflatten(treedef, [totals[leaf] // max(size, 1) for leaf, size in enumerate(sizes)])
 
 
@@ -103,7 +105,7 @@ def _walk(
 
     for equation in jaxpr.eqns:
         held, steady = [owner_of(v) for v in equation.invars], [is_fixed(v) for v in equation.invars]
-        name, inner = equation.primitive.name, _inner_programs(equation)
+        name, inner = equation.primitive.name, inner_programs(equation)
         if name in LOOPS:
             results = _loop(equation, inner, held, steady, names)
         elif len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
@@ -121,7 +123,7 @@ def _walk(
             if name == "scan":  # results of all steps are stacked
                 results = [one and Held(LOST, 0) for one in results[0]], results[1]
         else:
-            products = _multiply_adds(equation)
+            products = multiply_adds(equation)
             for leaf in {one.leaf for one in held if one is not None and products}:
                 if leaf == LOST:
                     raise ValueError(
@@ -142,28 +144,15 @@ def _outputs(equation: Any, held: list[Owner], steady: bool) -> tuple[list[Owner
     for variable in equation.outvars:
         whole = [one for one in made_of if one.leaf != LOST and one.size == math.prod(variable.aval.shape)]
         known = whole[0] if len(whole) == 1 else Held(LOST, 0)
-        owners.append(known if made_of and steady and not _multiply_adds(equation) else None)
+        owners.append(known if made_of and steady and not multiply_adds(equation) else None)
     return owners, [steady] * len(owners)
-
-
-def _multiply_adds(equation: Any) -> int:
-    """Of a matrix product or a convolution; 0 for everything else."""
-    if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
-        return 0
-    left, right = (v.aval.shape for v in equation.invars)
-    outputs = math.prod(equation.outvars[0].aval.shape)
-    if equation.primitive.name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        return outputs * math.prod(left[axis] for axis in contracted)
-    numbers = equation.params["dimension_numbers"]
-    return outputs * math.prod(right) // right[numbers.rhs_spec[0]]
 
 
 def _loop(
     equation: Any, inner: list[Any], held: list[Owner], steady: list[bool], names: list[str]
 ) -> tuple[list[Owner], list[bool]]:
     # Which operand goes to which input differs between loops: whatever is held could be multiplied.
-    products = any(_has_products(program) for program in inner)
+    products = any(has_products(program) for program in inner)
     if products and any(one is not None for one in held):
         used = sorted({names[one.leaf] for one in held if one is not None and one.leaf != LOST})
         raise ValueError(
@@ -171,22 +160,3 @@ def _loop(
             "in the program. Count a function without it, or pass costs of your own."
         )
     return [None] * len(equation.outvars), [all(steady)] * len(equation.outvars)
-
-
-def _has_products(jaxpr: Any) -> bool:
-    return any(
-        equation.primitive.name in ("dot_general", "conv_general_dilated")
-        or any(map(_has_products, _inner_programs(equation)))
-        for equation in jaxpr.eqns
-    )
-
-
-def _inner_programs(equation: Any) -> list[Any]:
-    found = []
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, core.Jaxpr):
-                found.append(item)
-    return found

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from woodjax.programs import inner_programs
 from woodjax.tree import check_floating
 from woodjax.typing import Example, LossFn, Params
 
@@ -79,19 +80,10 @@ def _trace(loss_fn: LossFn, params: Params, example: Example) -> tuple[Any, Any]
         raise
 
 
-def _sub_jaxprs(equation: Any) -> Iterator[Any]:
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
-                yield item
-
-
 def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation
-        for inner in _sub_jaxprs(equation):
+        for inner in inner_programs(equation):
             yield from _equations(inner)
 
 
@@ -124,7 +116,7 @@ def _batch_normalised(jaxpr: Any, marks: list[int]) -> tuple[bool, list[int]]:
             shape, axes = equation.invars[0].aval.shape, equation.params["axes"]
             highest = STATISTIC if 0 in axes and shape[0] == 1 and len(axes) < len(shape) else DATA
         outputs = [highest] * len(equation.outvars)
-        for inner in _sub_jaxprs(equation):
+        for inner in inner_programs(equation):
             surplus = len(inputs) - len(inner.invars)  # cond has its index in front
             found, inner_marks = _batch_normalised(
                 inner, inputs[surplus:] if surplus >= 0 else [highest] * len(inner.invars)

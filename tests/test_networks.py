@@ -1,0 +1,206 @@
+"""The networks of `woodjax.models`: what docs/models.md says of them, what they compute, and how they begin."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import erf, softmax
+
+import woodjax as wj
+from woodjax.adapters.nnx import functional
+from woodjax.models import NETWORKS, VGG, ResNet, ViT, WideResNet, torch_init
+from woodjax.models.mobilenet import SeparableBlock
+from woodjax.models.torch_layout import torch_name
+from woodjax.models.vit import EncoderBlock
+
+PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+ROW = re.compile(r"\| `([a-z0-9-]+)` \| (\d+)×\d+×(\d) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|")
+ROWS = [(found[0], *(int(n.replace(",", "")) for n in found[1:])) for found in ROW.findall(PAGE)]
+
+PUBLISHED = {  # by name and classes
+    ("vgg11-bn", 10): 9_231_114,
+    ("vgg16-bn", 10): 14_728_266,
+    ("resnet20", 10): 269_722,
+    ("resnet32", 10): 464_154,
+    ("resnet18", 10): 11_173_962,
+    ("resnet18", 1000): 11_689_512,
+    ("resnet50", 10): 23_520_842,
+    ("resnet50", 1000): 25_557_032,
+    ("wrn16-8", 10): 10_961_370,
+    ("wrn28-10", 10): 36_479_194,
+    ("mobilenet-v1", 10): 3_217_226,
+    ("mobilenet-v1", 1000): 4_231_976,
+    ("vit-tiny", 1000): 5_717_416,
+}
+MULTIPLY_ADDS = {("resnet18", 1000): 1.814e9, ("resnet50", 1000): 4.089e9, ("mobilenet-v1", 1000): 0.569e9}
+
+
+def options(classes):
+    return {} if classes == 10 else {"classes": classes, "stem": "imagenet"}
+
+
+def test_the_page_has_all_networks():
+    assert {name for name, *_ in ROWS} == set(NETWORKS)
+    assert set(PUBLISHED) <= {(name, classes) for name, _, _, classes, *_ in ROWS}
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_the_table_is_true(row):
+    """Shapes only: no weight is made."""
+    name, size, channels, classes, parameters, weights, multiply_adds = row
+    model = nnx.eval_shape(lambda: NETWORKS[name](nnx.Rngs(0), **options(classes)))
+    images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    assert nnx.eval_shape(lambda model, x: model(x), model, images).shape == (1, classes)  # train mode
+    model.eval()
+    apply_fn, params = functional(model)
+    leaves = jax.tree.leaves(params)
+    assert sum(leaf.size for leaf in leaves) == parameters == PUBLISHED.get((name, classes), parameters)
+    select = wj.hidden_kernels(apply_fn, params, images)
+    assert wj.make_layout(params, select=select).num_weights == weights
+    costs = jax.tree.leaves(wj.weight_macs(apply_fn, params, images))
+    assert sum(cost * leaf.size for cost, leaf in zip(costs, leaves, strict=True)) == multiply_adds
+    assert multiply_adds == pytest.approx(MULTIPLY_ADDS.get((name, classes), multiply_adds), rel=1e-3)
+
+
+def test_the_examples_of_the_page_run(capsys):
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+        exec(compile(block, "docs/models.md", "exec"), names)
+    assert capsys.readouterr().out == "145584\n"
+
+
+SMALL = {
+    "vgg": lambda rngs: VGG((4, "M", 4), rngs=rngs),
+    "resnet": lambda rngs: ResNet(1, widths=(4,), bottleneck=True, stem="imagenet", rngs=rngs),
+    "wide resnet": lambda rngs: WideResNet(10, 1, rngs=rngs),
+    "vit": lambda rngs: ViT(image_size=16, patch=8, width=8, depth=1, heads=2, rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+def test_forward_in_both_modes(make):
+    """Eval mode treats each image by itself; train mode does not where there is batch normalisation, and moves it."""
+    model = nnx.jit(make)(nnx.Rngs(0))
+    call = nnx.jit(lambda model, x: model(x))
+    x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    stats = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
+    logits = call(model, x)
+    assert logits.shape == (4, 10)
+    assert bool(jnp.isfinite(logits).all())
+    moved = nnx.state(model, nnx.BatchStat)
+    assert all(bool((a != b).any()) for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(moved), strict=True))
+    model.eval()
+    evaluated = call(model, x)
+    np.testing.assert_allclose(call(model, x[::-1])[::-1], evaluated, rtol=1e-4, atol=1e-5)
+    if jax.tree.leaves(moved):
+        assert float(jnp.abs(evaluated - logits).max()) > 1e-3
+
+
+def test_a_separable_block_mixes_channels_in_its_second_convolution_only():
+    block = SeparableBlock(3, 5, 2, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 6, 3))
+    difference = block.conv1(x.at[..., 1].add(1.0)) - block.conv1(x)
+    np.testing.assert_array_equal(jnp.any(difference != 0, axis=(0, 1, 2)), [False, True, False])
+    assert block.conv2(block.conv1(x)).shape == (1, 3, 3, 5)
+
+
+def test_an_encoder_block_is_the_paper_s():
+    """Against the equations in float64: pre-norm, softmax over keys at 1/√(width of a head), exact GELU."""
+    apply_fn, params = functional(nnx.eval_shape(lambda: EncoderBlock(8, 2, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    p = jax.tree.map(lambda leaf: 0.5 * rng.standard_normal(leaf.shape), params)
+    x = rng.standard_normal((2, 5, 8))
+    scaled = lambda name, x: p[name]["scale"] * x + p[name]["bias"]
+    norm = lambda name, x: scaled(name, (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6))
+    dense = lambda name, x: x @ p[name]["kernel"] + p[name]["bias"]
+    queries, keys, values = np.split(dense("qkv", norm("norm1", x)), 3, axis=-1)
+    heads = []
+    for head in (slice(0, 4), slice(4, 8)):
+        weights = softmax(queries[..., head] @ np.swapaxes(keys[..., head], 1, 2) / 2, axis=-1)
+        heads.append(weights @ values[..., head])
+    y = x + dense("projection", np.concatenate(heads, axis=-1))
+    hidden = dense("fc1", norm("norm2", y))
+    y = y + dense("fc2", hidden * (1 + erf(hidden / np.sqrt(2))) / 2)
+    p, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (p, x))
+    np.testing.assert_allclose(jax.jit(apply_fn.func)(*apply_fn.args, p, x), y, rtol=1e-4, atol=1e-5)
+
+
+class Layers(nnx.Module):
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.convolution = nnx.Conv(8, 64, (3, 3), feature_group_count=4, rngs=rngs)
+        self.norm = nnx.BatchNorm(64, rngs=rngs)
+        self.linear = nnx.Linear(64, 4608, rngs=rngs)
+
+
+def test_torch_init():
+    """Uniform on ±1/√fan_in, kernels and biases; a group of channels has a fan-in of its own; the rest stays."""
+    model, again = Layers(0), Layers(5)
+    for one in (model, again):
+        torch_init(one, nnx.Rngs(1))
+    drawn = [model.convolution.kernel, model.convolution.bias, model.linear.kernel, model.linear.bias]
+    for parameter, fan_in in zip(drawn, (18, 18, 64, 64), strict=True):
+        values = np.sort(np.asarray(parameter[...]).ravel()) * fan_in**0.5
+        assert np.abs(values).max() <= 1
+        distance = np.abs(values - np.linspace(-1, 1, values.size)).max() / 2
+        assert distance < 2.7 / values.size**0.5  # Kolmogorov's test, at a level of 1e-6
+    assert not np.allclose(model.linear.bias[:64] * 8, model.convolution.bias[...] * 18**0.5)
+    assert (np.asarray(model.norm.scale[...]) == 1).all()
+    values = [nnx.to_pure_dict(nnx.state(one, nnx.Param)) for one in (model, again)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *values))
+
+
+def test_torch_init_names_a_layer_that_it_does_not_know():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.fc, self.mixing = nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Einsum("ab,bc->ac", (2, 2), rngs=nnx.Rngs(0))
+
+    model = Net()
+    before = np.asarray(model.fc.kernel[...])
+    with pytest.raises(ValueError, match="Layer 'mixing' is a Einsum"):
+        torch_init(model, nnx.Rngs(1))
+    np.testing.assert_array_equal(model.fc.kernel[...], before)
+
+
+def test_activations_fade_by_the_factors_that_torch_init_names():
+    x = jax.random.normal(jax.random.key(0), (512, 400))
+    for draw, factor in ((lambda layer: None, 0.5**0.5), (lambda layer: torch_init(layer, nnx.Rngs(3)), 6**-0.5)):
+        layer = nnx.Linear(400, 400, use_bias=False, rngs=nnx.Rngs(2))
+        draw(layer)
+        assert float(jnp.sqrt(jnp.mean(jax.nn.relu(layer(x)) ** 2))) == pytest.approx(factor, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("resnet18", {"layer2.0.shortcut.0.weight", "layer4.1.conv2.weight", "linear.bias"}),
+        ("resnet50", {"layer3.5.conv3.weight", "layer1.0.shortcut.1.bias"}),
+        ("mobilenet-v1", {"layers.12.conv1.weight", "layers.0.bn2.weight"}),
+    ],
+)
+def test_names_of_torch_files(name, some):
+    """Those of kuangliu/pytorch-cifar, whose files the importer reads."""
+    model = nnx.eval_shape(lambda: NETWORKS[name](nnx.Rngs(0)))
+    assert some <= {torch_name(path) for path in nnx.to_flat_state(nnx.state(model, nnx.Param)).paths}
+
+
+def test_errors():
+    rngs = nnx.Rngs(0)
+    with pytest.raises(ValueError, match="stem is 'mnist'"):
+        NETWORKS["resnet18"](rngs, stem="mnist")
+    with pytest.raises(ValueError, match="depth is 20"):
+        WideResNet(20, 1, rngs=rngs)
+    with pytest.raises(ValueError, match="patches must divide"):
+        ViT(image_size=30, patch=4, width=8, depth=1, heads=2, rngs=rngs)
+    abstract = {
+        name: nnx.eval_shape(lambda name=name: NETWORKS[name](nnx.Rngs(0))) for name in ("vgg-slim", "vit-nano")
+    }
+    image = jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        nnx.eval_shape(lambda model, x: model(x), abstract["vgg-slim"], image)
+    with pytest.raises(ValueError, match="positions for 32×32"):
+        nnx.eval_shape(lambda model, x: model(x), abstract["vit-nano"], image)
