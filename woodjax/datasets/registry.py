@@ -13,30 +13,23 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
+
+from woodjax.datasets.dataset import Dataset, Normalise
 
 Images = UInt8[np.ndarray, "n h w c"]
 Labels = Integer[np.ndarray, " n"]
 Split = tuple[Images, Labels]
 
-MNIST = (0.1307,), (0.3081,)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DIGITS = Normalise(scale=16)
+MNIST = Normalise((0.1307,), (0.3081,))
+IMAGENET = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Dataset(NamedTuple):
-    """A classification data set, normalised."""
-
-    name: str
-    train_inputs: Float[np.ndarray, "n h w c"]
-    train_labels: Integer[np.ndarray, " n"]
-    test_inputs: Float[np.ndarray, "t h w c"]
-    test_labels: Integer[np.ndarray, " t"]
-
-
-def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, as_bytes: bool = False) -> Dataset:
     """Load a data set by name.
 
     Args:
@@ -44,9 +37,11 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         data_dir: Folder that holds the TFDS directories (or a `tensorflow_datasets` folder with
             them) and the npz file; None reads the environment variable `WOODJAX_DATA_DIR`.
             `digits` needs none.
+        as_bytes: Leave images as uint8, a quarter of the memory: `dataset.normalise(images)` makes inputs of a batch,
+            as `woodjax.training.fit` does.
 
     Returns:
-        Float32 images `[n, h, w, c]` and integer labels.
+        Images `[n, h, w, c]`, float32 and normalised or uint8, and integer labels.
 
     Raises:
         ValueError: Unknown name, or no folder given.
@@ -57,7 +52,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
     """
     if name not in READERS:
         raise ValueError(f"Unknown dataset {name!r}: choose one of {sorted(READERS)}.")
-    read, (mean, std) = READERS[name]
+    read, normalise = READERS[name]
     if name == "digits":
         folder = Path()
     else:
@@ -67,11 +62,14 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         folder = Path(given)
     (train_x, train_y), (test_x, test_y) = read(folder)
 
-    def normalise(images: Images) -> Float[np.ndarray, "n h w c"]:
-        scaled = images.astype(np.float32) / (16 if name == "digits" else 255)
-        return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    def inputs(images: Images) -> Images | Float[np.ndarray, "n h w c"]:
+        if as_bytes:
+            return images
+        scaled = images.astype(np.float32) / np.float32(normalise.scale)
+        return (scaled - np.asarray(normalise.mean, np.float32)) / np.asarray(normalise.std, np.float32)
 
-    return Dataset(name, normalise(train_x), train_y.astype(np.int32), normalise(test_x), test_y.astype(np.int32))
+    labels = train_y.astype(np.int32), test_y.astype(np.int32)
+    return Dataset(name, inputs(train_x), labels[0], inputs(test_x), labels[1], normalise)
 
 
 def _digits(folder: Path) -> tuple[Split, Split]:
@@ -132,7 +130,7 @@ def _subset(folder: Path) -> tuple[Split, Split]:
 
 
 READERS = {
-    "digits": (_digits, ((0.0,), (1.0,))),
+    "digits": (_digits, DIGITS),
     "mnist": (_tfds("mnist"), MNIST),
     "cifar10": (_tfds("cifar10"), IMAGENET),
     "cifar10-subset": (_subset, IMAGENET),
