@@ -234,6 +234,8 @@ def info(optimizer: nnx.Optimizer) -> RefreshInfo:
 def reestimate_batch_stats(model: nnx.Module, batches: Iterable[Batch]) -> None:
     """`woodjax.reestimate_batch_stats` for a model, in place; it stays in the mode that it is in.
 
+    A model without batch normalisation stays as it is.
+
     Args:
         model: A module whose call takes a batch of inputs.
         batches: Inputs, all of the same size.
@@ -248,6 +250,10 @@ def reestimate_batch_stats(model: nnx.Module, batches: Iterable[Batch]) -> None:
     twin.train()
     graph, stats, rest = nnx.split(twin, nnx.BatchStat, ...)
     nnx.update(model, woodjax_reestimate(_Stats(graph), rest, stats, batches))
+
+
+warm_up_batch_stats = reestimate_batch_stats
+"""`woodjax.warm_up_batch_stats` for a model: the same function, under the name it has before training."""
 
 
 @dataclass(frozen=True)
