@@ -49,7 +49,7 @@ class Normalise:
 
 
 class TrainingData(Protocol):
-    """Batches of a data set: held in memory (`Dataset`) or streamed (`ImageNet`)."""
+    """Batches of a data set: held in memory (`Dataset`) or streamed (`ImageStream`)."""
 
     @property
     def name(self) -> str:
