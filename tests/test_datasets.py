@@ -9,6 +9,7 @@ from fake_tfds import png, write
 from flax import nnx
 from PIL import Image
 
+from woodjax.comparison import load_problem
 from woodjax.datasets import ImageStream, Normalise, load_dataset, stream_imagenet
 from woodjax.datasets.imagenet import random_resized_box
 from woodjax.datasets.prepared import find_prepared, open_prepared
@@ -84,6 +85,8 @@ def test_what_is_missing_comes_with_the_command_that_prepares_it(tmp_path, monke
         stream_imagenet()
     with pytest.raises(ValueError, match="ImageNet is streamed"):
         load_dataset("imagenet2012")
+    with pytest.raises(ValueError, match="No network here fits 'cifar100'"):
+        load_problem("cifar100")
 
 
 def test_boxes_fit_and_are_of_the_ratio_and_area_that_they_should_be():

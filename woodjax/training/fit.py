@@ -117,7 +117,7 @@ def fit(
         dataset = dataset.on_device()
     model.train()
     forward, params, rest = functional_train(model)
-    model.eval()
+    model.eval()  # what on_epoch looks at
     transform = _transform(optimizer, params, masked=masks is not None)
     opt_state = transform.init(params)
     if masks is not None:
@@ -143,6 +143,7 @@ def fit(
                 checkpoints.save(done, state)
             if on_epoch is not None:
                 on_epoch(EpochInfo(done, done * steps, losses))
+    model.eval()
 
 
 def _check(
@@ -194,7 +195,7 @@ def _run(
         if not np.isfinite(losses[-1]):
             raise FloatingPointError(
                 f"The loss of step {before + len(losses) - 1} is {losses[-1]}: lower the learning rate, warm it up, or "
-                "look for examples that are not finite."
+                "look for examples that are not finite and labels that are not among the classes."
             )
 
     for images, labels in batches:
