@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_weights(run, tmp_path):
         (["--damping", "0%"], "--damping is '0%'"),
         (["--damping", "much"], "--damping is 'much'"),
         (["--stages", "1"], "stages is 1"),
-        (["--epochs", "0"], "Need epochs >= 1"),
+        (["--epochs", "0"], "epochs is 0"),
         (["--examples", "0"], "--examples and --microbatch-size"),
         (["--block-size", "0"], "block_size is 0"),
         (["--dataset", "mnist", "--data-dir", "nowhere"], "No mnist in nowhere"),

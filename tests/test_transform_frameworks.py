@@ -237,3 +237,28 @@ def test_batch_statistics_that_do_not_move_are_refused():
     counter = lambda params, stats, x: {"mean": x.mean(), "count": stats["count"] + 1}
     done = wj.reestimate_batch_stats(counter, None, {"mean": jnp.ones(()), "count": jnp.int32(7)}, [INPUTS])
     assert int(done["count"]) == 7
+
+
+def test_warm_up_is_the_same_function_and_reads_the_data_once():
+    assert wj.warm_up_batch_stats is wj.reestimate_batch_stats
+    assert nnx_bridge.warm_up_batch_stats is nnx_bridge.reestimate_batch_stats
+    assert linen_bridge.warm_up_batch_stats is linen_bridge.reestimate_batch_stats
+    batches = iter([INPUTS[:12], INPUTS[12:]])  # could not be read twice
+    model = NnxNet(nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    nnx_bridge.warm_up_batch_stats(model, batches)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model, nnx.Param)), before)
+    hidden = np.asarray(model.conv(INPUTS))
+    np.testing.assert_allclose(model.norm.mean[...], hidden.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    assert next(batches, None) is None
+
+
+def test_without_batch_normalisation_warm_up_changes_nothing():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model)))
+    nnx_bridge.warm_up_batch_stats(model, [INPUTS])
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model)), before)
+    module = nn.Dense(3)
+    variables = module.init(jax.random.key(0), INPUTS)
+    chex.assert_trees_all_equal(linen_bridge.warm_up_batch_stats(module, variables, [INPUTS]), variables)
+    assert wj.warm_up_batch_stats(lambda params, stats, x: stats, None, {}, [INPUTS]) == {}

@@ -4,7 +4,7 @@
 pytree, each made by a pure function of the one before.
 """
 
-from woodjax.batch_stats import reestimate_batch_stats
+from woodjax.batch_stats import reestimate_batch_stats, warm_up_batch_stats
 from woodjax.budgets import budget_masks
 from woodjax.choices import FIXED
 from woodjax.column_sweep import SweptKernel, column_sweep
@@ -230,6 +230,7 @@ __all__ = [
     "stage_sparsities",
     "stream_gradients",
     "streamed_fisher",
+    "warm_up_batch_stats",
     "weight_macs",
     "whiten",
     "whiten_gram",

@@ -21,7 +21,8 @@ def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTr
     `(1 − momentum) · batch`; the momentum itself shows in the difference that a large `running` makes.
 
     After pruning, running statistics are those of another network: estimate them anew before eval-mode accuracy,
-    and before eval-mode gradients, is looked at.
+    and before eval-mode gradients, is looked at. Before training they are those of no data at all: the same function is
+    `warm_up_batch_stats` then, one pass over the train split before pruning at initialization.
 
     Args:
         update_fn: `update_fn(params, batch_stats, inputs) -> batch_stats`: a train-mode forward pass. Pass the same
@@ -32,7 +33,7 @@ def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTr
             leaves out how their means differ.
 
     Returns:
-        A pytree like `batch_stats`.
+        A pytree like `batch_stats`; as it was where it has no leaves, for a network without batch normalisation.
 
     Raises:
         ValueError: No batch; batches of different sizes; a leaf that does not move towards the batch (momentum 1, or
@@ -43,7 +44,8 @@ def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTr
 
     References:
         Wu & Johnson, Rethinking "Batch" in BatchNorm, 2021 (arXiv 2105.07576), section 3: why the running average is
-        not the statistics of one network.
+        not the statistics of one network; What scalable second-order information knows for pruning at initialization,
+        2026 (arXiv 2502.11450): the warm-up.
 
     Example:
         >>> import jax, jax.numpy as jnp, woodjax as wj
@@ -52,6 +54,8 @@ def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTr
         >>> round(float(wj.reestimate_batch_stats(update, None, {"mean": jnp.zeros(())}, batches)["mean"]), 3)
         4.0
     """
+    if not any(map(_moves, jax.tree.leaves(batch_stats))):
+        return batch_stats
     total, momentum, count, shapes = None, None, 0, None
     for inputs in batches:
         shapes, first = jax.tree.map(jnp.shape, inputs), shapes
@@ -71,6 +75,14 @@ def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTr
     if total is None:
         raise ValueError("No batch: pass at least one batch of inputs.")
     return jax.tree.map(lambda old, new: (new / count).astype(old.dtype) if _moves(old) else old, batch_stats, total)
+
+
+warm_up_batch_stats = reestimate_batch_stats
+"""Before training, the same function under the name it has there: one pass over the train split in train mode.
+
+For pruning at initialization: scores taken in eval mode then see the scale of each layer's inputs, and not the mean 0
+and variance 1 that batch normalisation starts from. No weight is updated.
+"""
 
 
 def _moves(x: PyTree) -> bool:

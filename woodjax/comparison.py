@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from woodjax.adapters.nnx import functional
-from woodjax.datasets import Dataset, load_dataset
+from woodjax.datasets import READERS, Dataset, load_dataset
 from woodjax.losses import cross_entropy
 from woodjax.models import NETWORKS, load_torch_layout
 from woodjax.one_shot import Stage
@@ -81,6 +81,8 @@ def load_problem(
             not fit.
         FileNotFoundError: No data or no weights there.
     """
+    if network is None and dataset in READERS and dataset not in DEFAULT_NETWORK:
+        raise ValueError(f"No network here fits {dataset!r}: load_problem is for {sorted(DEFAULT_NETWORK)}.")
     data = load_dataset(dataset, data_dir)
     network = network or DEFAULT_NETWORK[dataset]
     if network not in NETWORKS:

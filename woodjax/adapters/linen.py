@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import flax.linen as nn
@@ -72,9 +74,11 @@ def reestimate_batch_stats(
 ) -> dict[str, Any]:
     """`woodjax.reestimate_batch_stats` for a module and its variables.
 
+    A module without batch normalisation has no `"batch_stats"`: its variables come back as they are.
+
     Args:
         module: A module whose call takes a batch of inputs.
-        variables: With the collections `"params"` and `"batch_stats"`.
+        variables: What `module.init` returned or training made of it.
         batches: Inputs, all of the same size.
         **kwargs: Passed to the call, for example `train=True`.
 
@@ -82,16 +86,23 @@ def reestimate_batch_stats(
         The variables, with new batch statistics.
 
     Raises:
-        ValueError: No `"batch_stats"` in `variables`; as `woodjax.reestimate_batch_stats`.
+        ValueError: No `"batch_stats"` in `variables` of a module that has some; as `woodjax.reestimate_batch_stats`.
 
     Cost:
         One forward pass a batch, and one more.
     """
     if "batch_stats" not in variables:
-        raise ValueError(f"variables have the collections {list(variables)}: 'batch_stats' is missing.")
+        makes = partial(module.apply, mutable=["batch_stats"], **kwargs)
+        if any(jax.tree.leaves(jax.eval_shape(makes, dict(variables), inputs)[1]) for inputs in islice(batches, 1)):
+            raise ValueError(f"variables have the collections {list(variables)}: 'batch_stats' is missing.")
+        return dict(variables)
     rest = {name: value for name, value in variables.items() if name != "batch_stats"}
     stats = woodjax_reestimate(_Stats(_Apply(module, kwargs)), rest, variables["batch_stats"], batches)
     return {**rest, "batch_stats": stats}
+
+
+warm_up_batch_stats = reestimate_batch_stats
+"""`woodjax.warm_up_batch_stats` for a module: the same function, under the name it has before training."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.errors import TraceContextError
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
 from woodjax.losses import cross_entropy
@@ -17,6 +17,8 @@ from woodjax.transform import refresh as woodjax_refresh
 from woodjax.transform import set_masks as woodjax_set_masks
 from woodjax.tree import apply_masks
 from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params
+
+TrainFn = Callable[[Params, PyTree, Batch], tuple[Float[Array, "n classes"], PyTree]]
 
 
 def functional(model: nnx.Module) -> tuple[ApplyFn, Params]:
@@ -65,6 +67,52 @@ class _Apply:
                 "The model changes a variable while it is evaluated (train-mode batch normalisation or dropout): "
                 "call model.eval() before woodjax.adapters.nnx.functional."
             ) from error
+
+
+def functional_train(model: nnx.Module) -> tuple[TrainFn, Params, PyTree]:
+    """Split an NNX model into `forward(params, rest, inputs) -> (logits, rest)`, its parameters and the rest.
+
+    For training steps on plain pytrees: what changes in a forward pass (batch statistics, counts of random numbers)
+    comes in and goes out. The mode of the model is that of the call: call `model.train()` first.
+
+    Args:
+        model: A module whose call takes a batch of inputs.
+
+    Returns:
+        `forward`, the values of all `nnx.Param` and those of all other variables, both nested dicts. `forward` is a
+        `jax.tree_util.Partial`: one made later, of a model of the same graph, compiles nothing anew where it is an
+        argument of a jitted function.
+
+    Cost:
+        None but a copy of the references.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from woodjax.adapters.nnx import functional_train
+        >>> forward, params, rest = functional_train(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+        >>> logits, rest = forward(params, rest, jnp.ones((5, 3)))
+        >>> round(float(rest["mean"][0]), 3)
+        0.01
+    """
+    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    forward = jax.tree_util.Partial(_Forward(graph), state, rest)
+    return forward, nnx.to_pure_dict(state), nnx.to_pure_dict(rest)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A call of a model that may change its variables, known to `jit` by its graph."""
+
+    graph: nnx.GraphDef
+
+    def __call__(
+        self, state: nnx.State, others: nnx.State, params: Params, rest: PyTree, inputs: Batch
+    ) -> tuple[Float[Array, "n classes"], PyTree]:
+        model = nnx.merge(self.graph, _with_values(state, params), _with_values(others, rest))
+        logits = model(inputs)
+        _, _, rest = nnx.split(model, nnx.Param, ...)
+        return logits, nnx.to_pure_dict(rest)
 
 
 def update(model: nnx.Module, params: Params) -> None:
@@ -186,6 +234,8 @@ def info(optimizer: nnx.Optimizer) -> RefreshInfo:
 def reestimate_batch_stats(model: nnx.Module, batches: Iterable[Batch]) -> None:
     """`woodjax.reestimate_batch_stats` for a model, in place; it stays in the mode that it is in.
 
+    A model without batch normalisation stays as it is.
+
     Args:
         model: A module whose call takes a batch of inputs.
         batches: Inputs, all of the same size.
@@ -200,6 +250,10 @@ def reestimate_batch_stats(model: nnx.Module, batches: Iterable[Batch]) -> None:
     twin.train()
     graph, stats, rest = nnx.split(twin, nnx.BatchStat, ...)
     nnx.update(model, woodjax_reestimate(_Stats(graph), rest, stats, batches))
+
+
+warm_up_batch_stats = reestimate_batch_stats
+"""`woodjax.warm_up_batch_stats` for a model: the same function, under the name it has before training."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
-"""Small real data sets as arrays: embedded, from a TFDS directory, or from an npz file.
+"""Real data sets as arrays: embedded, from a TFDS directory, a folder of images, or an npz file.
 
 | name | where from | normalised by |
 |---|---|---|
 | `digits` | scikit-learn's UCI digits, inside the package: no network | 16 |
 | `mnist` | TFDS directory `mnist/3.0.1` (`array_record`; TensorFlow is not needed) | mean .1307, std .3081 |
 | `cifar10` | TFDS directory `cifar10/3.0.2` | ImageNet's means and deviations |
-| `cifar10-subset` | `cifar10_exact_subset.npz`: original pixels, 3,805 train and 761 test images | the same |
+| `cifar100` | TFDS directory `cifar100/3.0.2`; fine labels | CIFAR-100's means and deviations |
+| `tiny-imagenet` | the folder `tiny-imagenet-200` of its zip file; load it `as_bytes` | ImageNet's |
+| `cifar10-subset` | `cifar10_exact_subset.npz`: original pixels, 3,805 train and 761 test images | ImageNet's |
+
+ImageNet is streamed: `woodjax.datasets.stream_imagenet`.
 """
 
 import hashlib
@@ -13,51 +17,52 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
+
+from woodjax.datasets.dataset import Dataset, Normalise
+from woodjax.datasets.imagenet import IMAGENET
+from woodjax.datasets.prepared import find_prepared, read_split
+from woodjax.datasets.tiny_imagenet import find_tiny_imagenet, read_tiny_imagenet
 
 Images = UInt8[np.ndarray, "n h w c"]
 Labels = Integer[np.ndarray, " n"]
 Split = tuple[Images, Labels]
 
-MNIST = (0.1307,), (0.3081,)
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DIGITS = Normalise(scale=16)
+MNIST = Normalise((0.1307,), (0.3081,))
+CIFAR100 = Normalise((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
-class Dataset(NamedTuple):
-    """A classification data set, normalised."""
-
-    name: str
-    train_inputs: Float[np.ndarray, "n h w c"]
-    train_labels: Integer[np.ndarray, " n"]
-    test_inputs: Float[np.ndarray, "t h w c"]
-    test_labels: Integer[np.ndarray, " t"]
-
-
-def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
+def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, as_bytes: bool = False) -> Dataset:
     """Load a data set by name.
 
     Args:
-        name: `digits`, `mnist`, `cifar10` or `cifar10-subset`.
+        name: `digits`, `mnist`, `cifar10`, `cifar100`, `tiny-imagenet` or `cifar10-subset`.
         data_dir: Folder that holds the TFDS directories (or a `tensorflow_datasets` folder with
             them) and the npz file; None reads the environment variable `WOODJAX_DATA_DIR`.
             `digits` needs none.
+        as_bytes: Leave images as uint8, a quarter of the memory (Tiny ImageNet: 1.35 GB for 5.4 GB):
+            `dataset.normalise(images)` makes inputs of a batch, as `woodjax.training.fit` does.
 
     Returns:
-        Float32 images `[n, h, w, c]` and integer labels.
+        Images `[n, h, w, c]`, float32 and normalised or uint8, and integer labels.
 
     Raises:
         ValueError: Unknown name, or no folder given.
-        FileNotFoundError: The folder lacks the data set.
+        FileNotFoundError: The folder lacks the data set; says how to prepare it.
+        ImportError: A TFDS directory without `tensorflow_datasets`.
 
     Cost:
         Decoded arrays are kept in the system's temporary folder for the next run.
     """
     if name not in READERS:
-        raise ValueError(f"Unknown dataset {name!r}: choose one of {sorted(READERS)}.")
-    read, (mean, std) = READERS[name]
+        raise ValueError(
+            f"Unknown dataset {name!r}: choose one of {sorted(READERS)}. ImageNet is streamed: "
+            "woodjax.datasets.stream_imagenet."
+        )
+    read, normalise = READERS[name]
     if name == "digits":
         folder = Path()
     else:
@@ -67,11 +72,14 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> D
         folder = Path(given)
     (train_x, train_y), (test_x, test_y) = read(folder)
 
-    def normalise(images: Images) -> Float[np.ndarray, "n h w c"]:
-        scaled = images.astype(np.float32) / (16 if name == "digits" else 255)
-        return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    def inputs(images: Images) -> Images | Float[np.ndarray, "n h w c"]:
+        if as_bytes:
+            return images
+        scaled = images.astype(np.float32) / np.float32(normalise.scale)
+        return (scaled - np.asarray(normalise.mean, np.float32)) / np.asarray(normalise.std, np.float32)
 
-    return Dataset(name, normalise(train_x), train_y.astype(np.int32), normalise(test_x), test_y.astype(np.int32))
+    labels = train_y.astype(np.int32), test_y.astype(np.int32)
+    return Dataset(name, inputs(train_x), labels[0], inputs(test_x), labels[1], normalise)
 
 
 def _digits(folder: Path) -> tuple[Split, Split]:
@@ -87,29 +95,22 @@ def _digits(folder: Path) -> tuple[Split, Split]:
 
 def _tfds(name: str) -> Callable[[Path], tuple[Split, Split]]:
     def read(folder: Path) -> tuple[Split, Split]:
-        roots = [root for root in (folder, folder / "tensorflow_datasets") if (root / name).is_dir()]
-        if not roots:
-            raise FileNotFoundError(
-                f"No {name} in {folder}: expected {folder / name} or {folder / 'tensorflow_datasets' / name}."
-            )
-        key = hashlib.sha256(str((roots[0] / name).resolve()).encode()).hexdigest()[:12]
-        return _cached(f"{name}-{key}", lambda: (_decode(name, "train", roots[0]), _decode(name, "test", roots[0])))
+        root = find_prepared(name, folder)
+        return _cached(name, root / name, lambda: (read_split(name, "train", root), read_split(name, "test", root)))
 
     return read
 
 
-def _decode(name: str, split: str, root: Path) -> Split:
-    import tensorflow_datasets as tfds
-
-    source: Any = tfds.data_source(name, split=split, data_dir=root)
-    records = [source[i] for i in range(len(source))]
-    return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
+def _tiny_imagenet(folder: Path) -> tuple[Split, Split]:
+    root = find_tiny_imagenet(folder)
+    return _cached("tiny-imagenet", root, lambda: read_tiny_imagenet(root))
 
 
-def _cached(name: str, make: Callable[[], tuple[Split, Split]]) -> tuple[Split, Split]:
+def _cached(name: str, source: Path, make: Callable[[], tuple[Split, Split]]) -> tuple[Split, Split]:
     cache = Path(tempfile.gettempdir()) / f"woodjax-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
-    file = cache / f"{name}.npz"
+    key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
+    file = cache / f"{name}-{key}.npz"
     if not file.exists():
         (train_x, train_y), (test_x, test_y) = make()
         part = file.with_suffix(f".{os.getpid()}.npz")
@@ -132,8 +133,10 @@ def _subset(folder: Path) -> tuple[Split, Split]:
 
 
 READERS = {
-    "digits": (_digits, ((0.0,), (1.0,))),
+    "digits": (_digits, DIGITS),
     "mnist": (_tfds("mnist"), MNIST),
     "cifar10": (_tfds("cifar10"), IMAGENET),
+    "cifar100": (_tfds("cifar100"), CIFAR100),
+    "tiny-imagenet": (_tiny_imagenet, IMAGENET),
     "cifar10-subset": (_subset, IMAGENET),
 }
