@@ -94,6 +94,8 @@ def record_diagonals(
     *,
     seed: int,
     probes: Sequence[int] = PROBES,
+    temperatures: Sequence[float] = TEMPERATURES,
+    kinds: Sequence[Signs] = SIGNS,
     microbatch_size: int | None = None,
     probes_at_once: int = 1,
 ) -> None:
@@ -102,7 +104,7 @@ def record_diagonals(
     record.add("diagonal_relative_error", diagonal_error(*network, seed=seed), "1", **common)
     common["method"] = "hutchinson"
     options = {"probes": probes, "microbatch_size": microbatch_size, "probes_at_once": probes_at_once}
-    for temperature, signs in track([(t, s) for t in TEMPERATURES for s in SIGNS]):
+    for temperature, signs in track([(t, s) for t in temperatures for s in kinds]):
         kind = {"temperature": temperature, "signs": signs}
         for count, error in hutchinson_error(*network, jax.random.key(seed), **kind, **options).items():
             record.add("hutchinson_relative_error", error, "1", **common, config={"probes": count, **kind})

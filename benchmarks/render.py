@@ -16,6 +16,7 @@ import render_gradual
 import render_inverse_quality
 import render_limited_data
 import render_overhead
+import render_pai
 from matplotlib.figure import Figure
 from records import read
 
@@ -29,6 +30,7 @@ OTHERS = {
     "gradual": render_gradual,
     "inverse_quality": render_inverse_quality,
     "limited_data": render_limited_data,
+    "pai": render_pai,
     "transform_overhead": render_overhead,
 }
 README = Path(__file__).parent.parent / "README.md"

@@ -1,6 +1,7 @@
 """Dense float64 NumPy forms of everything, written from the papers and for clarity alone."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -96,6 +97,47 @@ def column_sweep(kernel, hessian, block_size, choose):
         for o in np.flatnonzero(pruned[i]):
             w[i:, o] -= w[i, o] / inverse[0, 0] * inverse[:, 0]
     return np.where(pruned, 0, w), ~pruned
+
+
+def init_scores(weights, gradients, hessian):
+    """Scores at initialization (arXiv 2502.11450), from per-example gradients [n, d] and the dense Hessian."""
+    mean, fisher_diagonal, diagonal = gradients.mean(axis=0), (gradients**2).mean(axis=0), np.diag(hessian)
+    removal = -weights  # δ of a weight that is removed
+    return {
+        "grad-norm": np.abs(mean),
+        "snip": np.abs(removal * mean),
+        "grasp": -(removal * (hessian @ mean)),  # −(what removal adds to ½‖ḡ‖², to first order)
+        "fisher-diagonal": fisher_diagonal,
+        "fisher-pruner": 0.5 * removal**2 * fisher_diagonal,
+        "fisher-taylor": np.abs(removal * mean + 0.5 * removal**2 * fisher_diagonal),
+        "hessian-diagonal": diagonal,
+        "hessian-pruner": 0.5 * removal**2 * diagonal,
+        "hessian-taylor": np.abs(removal * mean + 0.5 * removal**2 * diagonal),
+    }
+
+
+def path_shares(kernels):
+    """SynFlow of a ReLU network without biases: the share of every weight in the sum of |w| products over all paths."""
+    sizes = [kernel.shape[0] for kernel in kernels] + [kernels[-1].shape[1]]
+    shares = [np.zeros(kernel.shape) for kernel in kernels]
+    for path in np.ndindex(*sizes):
+        edges = list(pairwise(path))
+        product = np.prod([abs(kernel[edge]) for kernel, edge in zip(kernels, edges, strict=True)])
+        for share, edge in zip(shares, edges, strict=True):
+            share[edge] += product
+    return [share / share.sum() for share in shares]
+
+
+def on_a_path(masks):
+    """Which weights of a dense network lie on a path from an input to an output."""
+    sizes = [mask.shape[0] for mask in masks] + [masks[-1].shape[1]]
+    found = [np.zeros(mask.shape, bool) for mask in masks]
+    for path in np.ndindex(*sizes):
+        edges = list(pairwise(path))
+        if all(mask[edge] for mask, edge in zip(masks, edges, strict=True)):
+            for one, edge in zip(found, edges, strict=True):
+                one[edge] = True
+    return found
 
 
 def probe_variance(hessian, block):

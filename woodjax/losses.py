@@ -47,5 +47,6 @@ class _CrossEntropy:
 
     def __call__(self, apply_fn: ApplyFn, params: Params, example: Example) -> Float[Array, ""]:
         inputs, label = example
-        logits = apply_fn(params, jax.tree.map(lambda x: x[None], inputs))[0].astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits / self.temperature, label)
+        logits = apply_fn(params, jax.tree.map(lambda x: x[None], inputs))[0]
+        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return optax.softmax_cross_entropy_with_integer_labels(wide / self.temperature, label)

@@ -7,6 +7,7 @@ A `GradientStream` stands for the rows `G [m, d]`. It answers in micro-batches:
 | `fold` | anything that is built up row by row: sums of outer products, windows of columns | its result | 1 |
 | `products` | `Gv` by forward mode | `d` | 1 forward |
 | `combine` | `Gᵀu`, the gradient of `Σ uᵢ lossᵢ` | `d` | 1 |
+| `squares` | `Σ g²`, element by element | `d` and a micro-batch of rows | 1 |
 | `collect` | the rows themselves | `m·d` | 1 |
 """
 
@@ -160,6 +161,18 @@ class GradientStream:
         empty = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
         return self._loop(lambda s, start: _combine_step(s, *arguments, start, stream=self._static()), empty)
 
+    def squares(self, row: Callable[[Params, Batch], Any] | None = None) -> Params:
+        """`Σ g²`, the sum over the rows of their squares.
+
+        Args:
+            row: As in `fold`; of what it returns for one row, `[c, *leaf.shape]`, the squares are averaged over `c`.
+
+        Returns:
+            A params-tree, at least float32.
+        """
+        empty = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
+        return self.fold(_add_squares, empty, row=row)
+
     def _loop(self, step: Callable[[State, Int[Array, ""] | int], State], state: State) -> State:
         # On the host where it can: XLA's CPU backend runs gradients of convolutions slowly inside a compiled loop.
         k, n = self.rows_at_once, self.num_rows
@@ -261,6 +274,16 @@ def _losses(loss_row: LossRow, params: Params, chunk: Batch) -> Float[Array, " k
 def _write(result: Gradients, gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Gradients:
     del fresh  # rows that were seen before are written over themselves
     return jax.tree.map(lambda x, g: lax.dynamic_update_slice_in_dim(x, g, first, 0), result, gradients)
+
+
+def _add_squares(sums: Params, rows: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Params:
+    del first
+
+    def add(total: Array, row: Array) -> Array:
+        squares = jnp.square(row.reshape(len(row), -1, *total.shape).astype(total.dtype)).mean(axis=1)
+        return total + jnp.sum(jnp.where(fresh.reshape(-1, *(1,) * total.ndim), squares, 0), axis=0)
+
+    return jax.tree.map(add, sums, rows)
 
 
 @partial(jax.jit, static_argnames=("step", "row", "stream"), donate_argnums=0)

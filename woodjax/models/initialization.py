@@ -3,6 +3,8 @@
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 LAYERS = (nnx.Linear, nnx.Conv)
@@ -46,13 +48,13 @@ def torch_init(model: nnx.Module, rngs: nnx.Rngs) -> None:
                 f"Layer '{name}' is a {type(layer).__name__}: torch_init knows nnx.Linear and nnx.Conv. "
                 "Draw such layers yourself."
             )
+    drawn: list[tuple[nnx.Param, float]] = []
     for _, layer in layers:
         if isinstance(layer, LAYERS):
             bound = 1 / math.sqrt(math.prod(layer.kernel.shape[:-1]))
-            _draw(layer.kernel, bound, rngs)
-            if layer.bias is not None:
-                _draw(layer.bias, bound, rngs)
-
-
-def _draw(parameter: nnx.Param, bound: float, rngs: nnx.Rngs) -> None:
-    parameter[...] = jax.random.uniform(rngs.params(), parameter.shape, parameter.dtype, -bound, bound)
+            drawn += [(x, bound) for x in (layer.kernel, layer.bias) if x is not None]
+    # One draw for all: random numbers are compiled anew for every shape.
+    ends = np.cumsum([parameter.size for parameter, _ in drawn])
+    numbers = jax.random.uniform(rngs.params(), (ends[-1],) if drawn else (0,), minval=-1, maxval=1)
+    for (parameter, bound), part in zip(drawn, jnp.split(numbers, ends[:-1]), strict=True):
+        parameter[...] = (bound * part).reshape(parameter.shape).astype(parameter.dtype)

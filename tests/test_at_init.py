@@ -1,0 +1,289 @@
+"""Pruning at initialization against dense oracles, and its one call."""
+
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
+
+import woodjax as wj
+
+KEY = jax.random.key(0)
+
+
+def network(p, x):
+    return jax.nn.relu(x @ p["first"] + p["bias"]) @ p["last"]
+
+
+LOSS = wj.cross_entropy(network)
+
+
+def problem(seed=0, n=12, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = {"bias": (6,), "first": (4, 6), "last": (6, 3)}
+    params = {name: jnp.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
+    return params, (jnp.asarray(rng.standard_normal((n, 4)), dtype), jnp.asarray(rng.integers(0, 3, n)))
+
+
+def select_first(path, leaf):
+    return path == "first"
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0], np.float64)
+
+
+@partial(jax.jit, static_argnames="loss")
+def dense(params, batch, loss=LOSS):
+    """Per-example gradients and Hessian of the kernel `first` alone, in the precision of the parameters."""
+    losses = lambda w: jax.vmap(loss, in_axes=(None, 0))(params | {"first": w.reshape(4, 6)}, batch)
+    w = params["first"].ravel()
+    return jax.jacrev(losses)(w), jax.hessian(lambda w: losses(w).mean())(w)
+
+
+NAMES = [
+    "grad-norm",
+    "snip",
+    "grasp",
+    "fisher-diagonal",
+    "fisher-pruner",
+    "fisher-taylor",
+    "hessian-diagonal",
+    "hessian-pruner",
+    "hessian-taylor",
+]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=5)
+@given(seed=st.integers(0, 1000))
+def test_scores_are_the_papers(name, seed):
+    params, batch = problem(seed, dtype=jnp.float64)
+    gradients, hessian = dense(params, batch)
+    expected = oracle.init_scores(flat(params["first"]), np.asarray(gradients), np.asarray(hessian))[name]
+    criterion = wj.INIT_CRITERIA[name]
+    function = network if criterion.asks == "network" else LOSS
+    for dtype, tolerance in (("float32", 1e-4), ("float64", 1e-6)):
+        low, low_batch = jax.tree.map(partial(_cast, dtype=dtype), (params, batch))
+        scores = criterion.scores(function, low, low_batch, KEY, select=select_first, check=True)
+        np.testing.assert_allclose(flat(scores["first"]), expected, atol=tolerance * np.abs(expected).max())
+        assert np.isposinf(scores["last"]).all()
+        assert np.isposinf(scores["bias"]).all()
+
+
+def _cast(x, dtype):
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+@pytest.mark.parametrize("name", sorted(set(wj.INIT_CRITERIA) - {"obs"}))
+def test_scores_in_jit_and_in_half_precision(name):
+    params, batch = problem(1)
+    criterion = wj.INIT_CRITERIA[name]
+    function = network if criterion.asks == "network" else LOSS
+    ask = lambda params, batch: criterion.scores(function, params, batch, KEY, select=wj.is_kernel, check=False)
+    scores = ask(params, batch)
+    np.testing.assert_allclose(flat(jax.jit(ask)(params, batch)), flat(scores), rtol=1e-4, atol=1e-6)
+    low = jax.tree.map(partial(_cast, dtype=jnp.bfloat16), (params, batch))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(ask(*low)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_in_micro_batches_are_those_at_once(name):
+    params, batch = problem(1)
+    criterion = wj.INIT_CRITERIA[name]
+    function = network if criterion.asks == "network" else LOSS
+    whole, few = (
+        criterion.scores(function, params, batch, KEY, select=wj.is_kernel, microbatch_size=size) for size in (12, 5)
+    )
+    np.testing.assert_allclose(flat(few), flat(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_published_hutchinson_is_unbiased_and_signed():
+    """Its mean over many keys is the exact diagonal at that temperature; many single draws are negative."""
+    params, batch = problem(2, n=4)
+    hot = wj.cross_entropy(network, temperature=200.0)
+    _, hessian = dense(params, batch, hot)
+    draws = [
+        wj.hutchinson_scores(hot, params, batch, jax.random.key(i), select=select_first, probes=10)["first"].ravel()
+        for i in range(100)
+    ]
+    mean, error = np.mean(draws, axis=0), np.std(draws, axis=0) / 10
+    assert (np.abs(mean - np.diag(hessian)) < 5 * error + 1e-9).all()
+    assert 0.1 < (np.asarray(draws) < 0).mean() < 0.6
+
+
+def test_whole_fisher_scores_are_obs_of_the_dense_inverse():
+    params, batch = problem(3)
+    gradients, _ = dense(params, batch)
+    inverse = np.linalg.inv(oracle.fisher(gradients, 0.1))
+    scores = wj.fisher_obs_scores(LOSS, params, batch, damping=0.1, select=select_first)["first"]
+    np.testing.assert_allclose(scores.ravel(), flat(params["first"]) ** 2 / (2 * np.diag(inverse)), rtol=1e-4)
+
+
+def chain(kernels, x):
+    for kernel in kernels[:-1]:
+        x = jax.nn.relu(x @ kernel)
+    return x @ kernels[-1]
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 1000))
+def test_synflow_is_the_share_of_all_paths(seed):
+    rng = np.random.default_rng(seed)
+    kernels = [rng.standard_normal(shape).astype(np.float32) for shape in ((3, 4), (4, 2), (2, 3))]
+    scores = wj.synflow_scores(chain, kernels, np.zeros((5, 3), np.float32))
+    for found, expected in zip(scores, oracle.path_shares(kernels), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e9, 1e-6])
+def test_synflow_of_a_network_whose_flow_no_float_holds(size):
+    """Six layers, R about 1e57 at the most: shares do not depend on the size of the weights."""
+    rng = np.random.default_rng(0)
+    kernels = [rng.standard_normal((4, 4)).astype(np.float32) for _ in range(6)]
+    expected = wj.synflow_scores(chain, kernels, np.ones((1, 4), np.float32))
+    found = wj.synflow_scores(chain, [np.float32(size) * kernel for kernel in kernels], np.ones((1, 4), np.float32))
+    np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-4)
+
+
+def deep(seed, layers=6, width=32):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal((width, width)) / np.sqrt(width), jnp.float32) for _ in range(layers)]
+
+
+def test_rounds_keep_every_layer_alive_where_one_shot_does_not():
+    """SynFlow's theorem: with enough rounds no layer empties before the critical compression."""
+    kernels = deep(0)
+    kernels[2] = 0.1 * kernels[2]  # magnitude empties it
+    batch = jnp.ones((4, 32)), jnp.zeros(4, int)
+    collapsed = {}
+    for criterion in ("synflow", "magnitude"):
+        masks, info = wj.prune_at_init(chain, kernels, batch, 0.98, KEY, criterion=criterion)
+        collapsed[criterion] = info.report.collapsed_layers
+        assert sum(int((~mask).sum()) for mask in masks) == oracle.rounded(0.98, 5 * 1024)
+        assert masks[-1].all()
+    assert collapsed == {"synflow": [], "magnitude": ["2"]}
+
+
+def test_a_floor_holds_every_layer():
+    kernels = deep(0)
+    kernels[2] = 0.01 * kernels[2]
+    batch = jnp.ones((4, 32)), jnp.zeros(4, int)
+    _, info = wj.prune_at_init(chain, kernels, batch, 0.9, KEY, criterion="magnitude", floor=0.05)
+    assert float(info.report.lowest_density) == pytest.approx(52 / 1024)
+    assert float(info.report.sparsity) == pytest.approx(0.9, abs=1e-4)
+
+
+@pytest.mark.parametrize(("criterion", "rounds"), [("snip", 1), ("snip", 5), ("synflow", 5)])
+def test_rounds_follow_the_density_and_are_the_same_in_jit(criterion, rounds):
+    kernels, seen = deep(1), []
+    rng = np.random.default_rng(0)
+    batch = jnp.asarray(rng.standard_normal((6, 32)), jnp.float32), jnp.asarray(rng.integers(0, 32, 6))
+    call = partial(wj.prune_at_init, chain, criterion=criterion, rounds=rounds)
+    masks, info = call(kernels, batch, 0.9, KEY, on_round=lambda number, masks: seen.append((number, masks)))
+    kept = [sum(int(mask.sum()) for mask in masks[:-1]) for _, masks in seen]
+    assert [number for number, _ in seen] == list(range(1, rounds + 1))
+    np.testing.assert_allclose(kept, [5120 * 0.1 ** (r / rounds) for r in range(1, rounds + 1)], atol=1)
+    for (_, earlier), (_, later) in pairwise(seen):
+        assert all((e | ~x).all() for e, x in zip(earlier, later, strict=True))
+    jitted, jitted_info = jax.jit(call)(kernels, batch, 0.9, KEY)
+    for mask, other in zip(masks, jitted, strict=True):
+        np.testing.assert_array_equal(mask, other)
+    assert int(info.nonfinite) == int(jitted_info.nonfinite) == 0
+
+
+def test_a_criterion_of_ones_own():
+    kernels = deep(2)
+    largest = lambda loss_fn, params, batch, key, *, select, check: wj.magnitude_scores(params, select=select)
+    masks, _ = wj.prune_at_init(
+        chain,
+        kernels,
+        (jnp.ones((1, 32)), jnp.zeros(1, int)),
+        0.5,
+        KEY,
+        criterion=wj.InitCriterion("own", largest),
+        select=lambda path, leaf: path == "0",
+    )
+    expected = oracle.lowest(np.abs(flat(kernels[0])), 512).reshape(32, 32)
+    np.testing.assert_array_equal(~masks[0], expected)
+    assert all(mask.all() for mask in masks[1:])
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 1000))
+def test_effective_masks_are_those_on_a_path(seed):
+    rng = np.random.default_rng(seed)
+    kernels = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((5, 6), (6, 6), (6, 4))]
+    masks = [jnp.asarray(rng.random(kernel.shape) < 0.3) for kernel in kernels]
+    found = wj.effective_masks(chain, kernels, masks, jnp.ones((1, 5)))
+    for mask, expected in zip(found, oracle.on_a_path(masks), strict=True):
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_biases_are_no_path():
+    params, batch = problem(4)
+    params["bias"] = jnp.full(6, 3.0)
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    masks["first"] = masks["first"].at[:, 2].set(False)  # unit 2 has only its bias
+    found = wj.effective_masks(network, params, masks, batch)
+    assert found["last"].sum() == 15
+    assert not found["last"][2].any()
+    assert found["bias"].all()
+
+
+def test_a_network_that_lets_no_flow_through_is_refused():
+    centred = lambda p, x: (x @ p) - (x @ p).mean(axis=1, keepdims=True)
+    with pytest.raises(ValueError, match="No flow goes through leaf ''"):
+        wj.effective_masks(centred, jnp.ones((3, 4)), jnp.ones((3, 4), bool), jnp.ones((2, 3)))
+
+
+def test_report_of_stacked_layers():
+    masks = {"scan": jnp.stack([jnp.zeros((2, 2), bool), jnp.eye(2, dtype=bool)]), "bias": jnp.zeros(3, bool)}
+    report = jax.jit(partial(wj.layer_collapse_report, batch_axes=1))(masks)
+    assert report.density["scan"].tolist() == [0.0, 0.5]
+    assert int(report.collapsed) == 1
+    assert float(report.lowest_density) == 0
+    assert float(report.sparsity) == 0.75
+    assert report.collapsed_layers == ["scan"]
+
+
+def test_shuffled_masks_keep_the_budget_and_nothing_else():
+    kernels = deep(3)
+    masks = wj.make_masks(wj.magnitude_scores(kernels), 0.9)
+    shuffled = wj.shuffle_masks(masks, KEY)
+    for mask, other in zip(masks, shuffled, strict=True):
+        assert mask.sum() == other.sum()
+        overlap, chance = float((mask & other).sum()), float(mask.sum()) ** 2 / mask.size
+        assert overlap < chance + 5 * np.sqrt(chance)
+
+
+def test_what_cannot_be_is_refused():
+    params, batch = problem()
+    prune = partial(wj.prune_at_init, network, params, batch)
+    with pytest.raises(ValueError, match="criterion is 'snap': choose one of"):
+        prune(0.5, KEY, criterion="snap")
+    with pytest.raises(ValueError, match="rounds is 0"):
+        prune(0.5, KEY, rounds=0)
+    with pytest.raises(ValueError, match="sparsity"):
+        prune(1.5, KEY)
+    with pytest.raises(ValueError, match="form is 'square'"):
+        wj.fisher_scores(LOSS, params, batch, form="square")
+    with pytest.raises(ValueError, match="needs the gradient of the loss"):
+        wj.gauss_newton_scores(network, params, batch[0], form="taylor")
+    with pytest.raises(ValueError, match="temperature is 0"):
+        wj.cross_entropy(network, temperature=0)
+    with pytest.raises(ValueError, match="'bias'"):
+        wj.snip_scores(LOSS, params | {"bias": jnp.ones(6, int)}, batch)
+    broken = params | {"last": params["last"].at[0, 0].set(jnp.nan)}
+    noisy = lambda p, x: network(p, x) + jax.random.normal(KEY, (len(x), 3))
+    with pytest.raises(ValueError, match="NaN"):
+        wj.prune_at_init(network, broken, batch, 0.5, KEY, criterion="snip")
+    with pytest.raises(ValueError, match="random"):
+        wj.prune_at_init(noisy, params, batch, 0.5, KEY, select=wj.is_kernel)
