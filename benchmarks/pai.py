@@ -15,6 +15,7 @@ many weights in every layer, but random ones. Without `--epochs` and the like th
 
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,17 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from diagonals import Network, record_diagonals
 from flax import nnx
-from records import Recorder, parser, read, seeds
+from pai_start import Start, load, one_pass, start
+from records import Recorder, parser, pin_blas, read, seeds
 from rich.progress import Progress
 
 import woodjax as wj
 from woodjax.adapters import nnx as bridge
-from woodjax.datasets import Dataset, augment, load_dataset
-from woodjax.models import NETWORKS, torch_init
+from woodjax.datasets import READERS, augment
+from woodjax.models import NETWORKS
 from woodjax.training import evaluate_model, fit, sgd_recipe
-from woodjax.typing import Batch, Masks
+from woodjax.typing import Masks
 
-WARM_UP_BATCH = 500
 QUICK = {
     "dataset": "digits",
     "network": "vgg-slim",
@@ -47,72 +48,23 @@ QUICK = {
     "batch_size": 64,
     "per_class": 5,
 }
+SCORING = ("examples", "image_size", "per_class")  # options that masks depend on
+TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "decay", "augment")  # and accuracies
 
 
-class Start(NamedTuple):
-    """A network before training, and the examples that it is scored with."""
+class Cell(NamedTuple):
+    """One network, pruned and trained."""
 
-    model: nnx.Module
-    apply_fn: Any
-    params: Any
-    batch: Batch
-    select: Any
+    method: str  # a criterion, "-shuffled" behind it for the control, or "dense"
+    sparsity: float | None
+    seed: int
+    warm: bool
 
-
-def prepare(data: Dataset, image_size: int | None, examples: int | None) -> Dataset:
-    """Fewer train examples, and images of another size: averaged where smaller, repeated where larger."""
-    if examples is not None:
-        data = data._replace(train_inputs=data.train_inputs[:examples], train_labels=data.train_labels[:examples])
-    if image_size is None:
-        return data
-
-    def resize(images: np.ndarray) -> np.ndarray:
-        n, size, _, channels = images.shape
-        if image_size > size:
-            images = images.repeat(image_size // size, axis=1).repeat(image_size // size, axis=2)
-            return images.repeat(3 // channels, axis=3)
-        k = size // image_size
-        return images.reshape(n, image_size, k, image_size, k, channels).mean(axis=(2, 4)).astype(np.float32)
-
-    return data._replace(train_inputs=resize(data.train_inputs), test_inputs=resize(data.test_inputs))
-
-
-def of_each_class(data: Dataset, count: int, seed: int) -> Batch:
-    """That many train examples of each class, in random order."""
-    order = np.random.default_rng(seed).permutation(data.num_train)
-    chosen = np.concatenate([order[data.train_labels[order] == c][:count] for c in np.unique(data.train_labels)])
-    return data.normalise(data.train_inputs[chosen]), jnp.asarray(data.train_labels[chosen])
-
-
-def one_pass(data: Dataset, seed: int) -> Iterator[Any]:
-    """The train split in large batches of one size, for batch statistics."""
-    parts = max(1, data.num_train // WARM_UP_BATCH)
-    batches = data.train_batches(batch_size=data.num_train // parts, seed=seed, epoch=0)
-    return (data.normalise(images) for images, _ in batches)
-
-
-def start(network: str, data: Dataset, seed: int, *, warm: bool, per_class: int) -> Start:
-    """A network with torch's initial weights, its batch statistics warm or as they begin."""
-    rngs = nnx.Rngs(seed)
-    classes = int(data.train_labels.max()) + 1
-    model = NETWORKS[network](rngs) if classes == 10 else NETWORKS[network](rngs, classes=classes)
-    torch_init(model, rngs)
-    if warm:
-        bridge.warm_up_batch_stats(model, one_pass(data, seed))
-    model.eval()
-    apply_fn, params = bridge.functional(model)
-    batch = of_each_class(data, per_class, seed)
-    return Start(model, apply_fn, params, batch, wj.hidden_kernels(apply_fn, params, batch[0]))
-
-
-def finished(file: Any) -> set[tuple[Any, ...]]:
-    """What a file holds already."""
-    if not file.exists():
-        return set()
-    return {
-        (r["network"], r["dataset"], r["method"], r["sparsity"], r["seed"], r["config"].get("warm_up"), r["metric"])
-        for r in read(file)
-    }
+    @property
+    def title(self) -> str:
+        """For tables."""
+        known = wj.INIT_CRITERIA.get(self.method.removesuffix("-shuffled"))
+        return known.title if known else "Dense"
 
 
 class Study:
@@ -121,129 +73,122 @@ class Study:
     def __init__(self, args: Any) -> None:
         """Read the data; find out what is done."""
         self.args = args
-        self.data = prepare(load_dataset(args.dataset, args.data_dir), args.image_size, args.examples)
+        self.data = load(args.dataset, args.data_dir, image_size=args.image_size, examples=args.examples)
         self.record = Recorder(args.json, "pai", args.network, args.dataset)
-        self.finished = finished(args.json)
 
-    def is_done(self, method: str, sparsity: float | None, seed: int, warm: bool, metric: str) -> bool:
-        """Is there a record of it?"""
-        key = (self.args.network, self.args.dataset, method, sparsity, seed, warm, metric)
-        return key in self.finished
+    @cached_property
+    def finished(self) -> set[tuple[Any, ...]]:
+        """Cells and metrics that the file holds already."""
+        if not self.args.json.exists():
+            return set()
+        found = [r for r in read(self.args.json) if "warm_up" in r["config"]]
+        for r in found:
+            differing = [
+                k for k in (*SCORING, *TRAINING) if r["config"].get(k, getattr(self.args, k)) != getattr(self.args, k)
+            ]
+            if differing or (r["network"], r["dataset"]) != (self.args.network, self.args.dataset):
+                raise SystemExit(f"{self.args.json} holds records of another study ({differing}): pass another file.")
+        return {(r["method"], r["sparsity"], r["seed"], r["config"]["warm_up"], r["metric"]) for r in found}
 
-    def masks(self, begin: Start, criterion: str, sparsity: float, seed: int, warm: bool) -> Masks:
+    def add(self, cell: Cell, metric: str, value: float, unit: str = "", **config: Any) -> None:
+        """Record one number of a cell."""
+        column = {"accuracy": None if cell.sparsity is None else "trained"}.get(metric, "mask")
+        scoring = {name: getattr(self.args, name) for name in SCORING}
+        config = {"title": cell.title, "warm_up": cell.warm} | scoring | config
+        place = {"method": cell.method, "sparsity": cell.sparsity, "seed": cell.seed}
+        self.record.add(metric, value, unit, column=column, config=config, **place)
+
+    def masks(self, begin: Start, cell: Cell) -> Masks:
         """Prune, and record what is left."""
-        key = jax.random.key(seed)
         masks, info = wj.prune_at_init(
-            begin.apply_fn, begin.params, begin.batch, sparsity, key, criterion=criterion, select=begin.select
+            begin.apply_fn,
+            begin.params,
+            begin.batch,
+            cell.sparsity,
+            jax.random.key(cell.seed),
+            criterion=cell.method,
+            select=begin.select,
         )
-        if self.is_done(criterion, sparsity, seed, warm, "collapsed_layers"):
+        if (*cell, "collapsed_layers") in self.finished:
             return masks
-        report, config = info.report, {"title": wj.INIT_CRITERIA[criterion].title, "warm_up": warm}
-        place = {"method": criterion, "column": "mask", "sparsity": sparsity, "seed": seed}
-        for path, density in report.density.items():
-            self.record.add("density", float(density), "", **place, config=config | {"layer": path})
+        for path, density in info.report.density.items():
+            self.add(cell, "density", float(density), layer=path)
         try:
             effective = wj.effective_masks(begin.apply_fn, begin.params, masks, begin.batch, select=begin.select)
             left = wj.layer_collapse_report(effective, select=begin.select)
-            self.record.add("effective_sparsity", float(left.sparsity), "", **place, config=config)
+            self.add(cell, "effective_sparsity", float(left.sparsity))
         except ValueError:  # layer normalisation lets no positive flow through
             pass
-        self.record.add("lowest_density", float(report.lowest_density), "", **place, config=config)
-        self.record.add("collapsed_layers", int(report.collapsed), "layers", **place, config=config)
+        self.add(cell, "lowest_density", float(info.report.lowest_density))
+        self.add(cell, "collapsed_layers", int(info.report.collapsed), "layers")
         return masks
 
-    def train(
-        self, begin: Start, masks: Masks | None, method: str, sparsity: float | None, seed: int, warm: bool
-    ) -> float:
-        """Train under masks; test accuracy in %."""
+    def trained(self, begin: Start, cell: Cell, masks: Masks | None) -> None:
+        """Train under masks and record the test accuracy, unless that is done."""
+        if (*cell, "accuracy") in self.finished:
+            return
         args = self.args
         steps = args.epochs * (self.data.num_train // args.batch_size)
         optimizer = sgd_recipe(args.learning_rate, steps=steps, decay=args.decay, weight_decay=args.weight_decay)
         graph, state = nnx.split(begin.model)
         model = nnx.merge(graph, jax.tree.map(jnp.copy, state))
-        name = f"{args.dataset}-{args.network}-{method}-{sparsity}-{seed}-{warm}"
-        fit(
-            model,
-            self.data,
-            epochs=args.epochs,
-            optimizer=optimizer,
-            seed=seed,
-            batch_size=args.batch_size,
-            masks=masks,
-            augment=augment if args.augment else None,
-            checkpoint_dir=args.checkpoints and args.checkpoints / name,
-        )
-        # The running average of a short training is not the statistics of the network that came out.
-        bridge.reestimate_batch_stats(model, one_pass(self.data, seed))
-        return 100 * evaluate_model(model, self.data)
-
-    def trained(
-        self, begin: Start, masks: Masks | None, method: str, sparsity: float | None, seed: int, warm: bool
-    ) -> None:
-        """Train and record, unless that is done."""
-        if self.is_done(method, sparsity, seed, warm, "accuracy"):
-            return
+        folder = "-".join(map(str, (args.dataset, args.network, *cell)))
         try:
-            value = self.train(begin, masks, method, sparsity, seed, warm)
-        except FloatingPointError:  # a network that is cut can still diverge
-            value = float("nan")
-        args, criterion = self.args, method.removesuffix("-shuffled")
-        title = wj.INIT_CRITERIA[criterion].title if criterion in wj.INIT_CRITERIA else "Dense"
-        recipe = ("epochs", "batch_size", "learning_rate", "weight_decay", "decay", "examples", "image_size", "augment")
-        config = {"title": title, "warm_up": warm} | {name: getattr(args, name) for name in recipe}
-        column = None if masks is None else "trained"
-        self.record.add(
-            "accuracy", value, "%", method=method, column=column, sparsity=sparsity, seed=seed, config=config
-        )
-
-    def overlaps(self, found: dict[str, Masks], begin: Start, sparsity: float, seed: int, warm: bool) -> None:
-        """Share of the kept weights that two criteria have in common."""
-        kept = {name: _flat(masks, begin) for name, masks in found.items()}
-        for one, other in combinations(kept, 2):
-            if self.is_done(f"{one} & {other}", sparsity, seed, warm, "overlap"):
-                continue
-            share = float((kept[one] & kept[other]).sum() / max(kept[one].sum(), 1))
-            config = {"warm_up": warm, "criteria": [one, other]}
-            self.record.add(
-                "overlap",
-                share,
-                "",
-                method=f"{one} & {other}",
-                column="mask",
-                sparsity=sparsity,
-                seed=seed,
-                config=config,
+            fit(
+                model,
+                self.data,
+                epochs=args.epochs,
+                optimizer=optimizer,
+                seed=cell.seed,
+                batch_size=args.batch_size,
+                masks=masks,
+                augment=augment if args.augment else None,
+                checkpoint_dir=args.checkpoints and args.checkpoints / folder,
             )
+            # The running average of a short training is not the statistics of the network that came out.
+            bridge.reestimate_batch_stats(model, one_pass(self.data, cell.seed))
+            value = 100 * evaluate_model(model, self.data)
+        except FloatingPointError:  # it diverged
+            value = float("nan")
+        self.add(cell, "accuracy", value, "%", **{name: getattr(args, name) for name in TRAINING})
+
+    def overlaps(self, begin: Start, found: dict[Cell, Masks]) -> None:
+        """Share of the kept weights that two criteria have in common."""
+        kept = {cell: _flat(masks, begin) for cell, masks in found.items()}
+        for one, other in combinations(kept, 2):
+            both = one._replace(method=f"{one.method} & {other.method}")
+            if (*both, "overlap") not in self.finished:
+                share = float((kept[one] & kept[other]).sum() / max(kept[one].sum(), 1))
+                self.add(both, "overlap", share, criteria=[one.method, other.method])
 
     def run(self) -> None:
         """Every cell."""
         args = self.args
         warmths = {"on": (True,), "off": (False,), "both": (False, True)}[args.warm_up]
-        cells = list(product(seeds(args.seeds), warmths, args.sparsity))
+        groups = list(product(seeds(args.seeds), warmths))
         with Progress() as bars:
-            task = bars.add_task("", total=len(cells) * len(args.criterion))
-            for seed, warm, group in _grouped(cells):
+            task = bars.add_task("", total=len(groups) * len(args.sparsity) * len(args.criterion))
+            for seed, warm in groups:
                 begin = start(args.network, self.data, seed, warm=warm, per_class=args.per_class)
                 if args.dense:
-                    self.trained(begin, None, "dense", None, seed, warm)
-                for sparsity in group:
+                    self.trained(begin, Cell("dense", None, seed, warm), None)
+                for sparsity in args.sparsity:
                     found = {}
-                    for criterion in args.criterion:
-                        where = f"{criterion} {sparsity} seed {seed}{' warm' if warm else ''}"
-                        bars.update(task, description=where)
-                        found[criterion] = self.masks(begin, criterion, sparsity, seed, warm)
+                    for cell in (Cell(criterion, sparsity, seed, warm) for criterion in args.criterion):
+                        bars.update(task, description=f"{cell.method} {sparsity} seed {seed}{' warm' if warm else ''}")
+                        found[cell] = self.masks(begin, cell)
                         if not args.masks_only:
-                            self.trained(begin, found[criterion], criterion, sparsity, seed, warm)
-                        if args.shuffled and not args.masks_only and criterion != "random":
-                            shuffled = wj.shuffle_masks(found[criterion], jax.random.key(seed), select=begin.select)
-                            self.trained(begin, shuffled, f"{criterion}-shuffled", sparsity, seed, warm)
+                            for variant, masks in self.variants(begin, cell, found[cell]):
+                                self.trained(begin, variant, masks)
                         bars.advance(task)
-                    self.overlaps(found, begin, sparsity, seed, warm)
+                    self.overlaps(begin, found)
 
-
-def _grouped(cells: list[tuple[int, bool, float]]) -> Iterator[tuple[int, bool, list[float]]]:
-    for seed, warm in dict.fromkeys(cell[:2] for cell in cells):
-        yield seed, warm, [cell[2] for cell in cells if cell[:2] == (seed, warm)]
+    def variants(self, begin: Start, cell: Cell, masks: Masks) -> Iterator[tuple[Cell, Masks]]:
+        """The masks, and the control where it is asked for; random masks are their own."""
+        yield cell, masks
+        if self.args.shuffled and cell.method != "random":
+            shuffled = wj.shuffle_masks(masks, jax.random.key(cell.seed), select=begin.select)
+            yield cell._replace(method=f"{cell.method}-shuffled"), shuffled
 
 
 def _flat(masks: Masks, begin: Start) -> np.ndarray:
@@ -252,17 +197,18 @@ def _flat(masks: Masks, begin: Start) -> np.ndarray:
     return np.concatenate([np.asarray(mask).ravel() for spec, mask in leaves if spec.selected])
 
 
-def diagonals(study: Study, seed: int) -> None:
+def diagonals(study: Study) -> None:
     """How far the diagonals of the scores are from the truth, on the network of the study."""
-    begin = start(study.args.network, study.data, seed, warm=True, per_class=2)
+    begin = start(study.args.network, study.data, 0, warm=True, per_class=2)
     network = Network(begin.apply_fn, begin.params, begin.batch)
-    record_diagonals(study.record, network, seed=seed, probes=(10,), temperatures=(1.0,), kinds=("batch",))
+    record_diagonals(study.record, network, seed=0, probes=(10,), temperatures=(1.0,), kinds=("batch",))
 
 
 def main() -> int:
     """Run the cells that are asked for."""
+    pin_blas()
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--dataset", default="cifar10")
+    options.add_argument("--dataset", default="cifar10", choices=[*READERS, "imagenet"])
     options.add_argument("--network", default="vgg16-bn", choices=sorted(NETWORKS))
     options.add_argument("--criterion", nargs="*", default=list(wj.INIT_CRITERIA), choices=list(wj.INIT_CRITERIA))
     options.add_argument("--sparsity", nargs="*", type=float, default=[0.9, 0.95, 0.98, 0.99])
@@ -283,9 +229,11 @@ def main() -> int:
     args = options.parse_args()
     if args.quick:
         vars(args).update(QUICK)
+    if args.dataset != "digits" and args.data_dir is None:
+        options.error(f"--dataset {args.dataset} needs --data-dir")
     study = Study(args)
     if args.quick:
-        diagonals(study, 0)
+        diagonals(study)
     study.run()
     return 0
 

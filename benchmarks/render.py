@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import published
+import render_at_init_cost
 import render_diagonals
 import render_engines
 import render_gradual
@@ -25,6 +26,7 @@ from woodjax.report import Result
 
 Record = dict[str, Any]
 OTHERS = {
+    "at_init_cost": render_at_init_cost,
     "diagonals": render_diagonals,
     "engines": render_engines,
     "gradual": render_gradual,
