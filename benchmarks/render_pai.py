@@ -24,6 +24,11 @@ def _values(records: list[Record], metric: str, **wanted: Any) -> np.ndarray:
     return np.array([r["value"] for r in _of(records, metric, **wanted)])
 
 
+def _mean(records: list[Record], metric: str, **wanted: Any) -> float:
+    values = _values(records, metric, **wanted)
+    return float(values.mean()) if len(values) else float("nan")
+
+
 def _unique(records: list[Record], metric: str, key: str) -> list[Any]:
     return list(dict.fromkeys(r["config"][key] if key in r["config"] else r[key] for r in _of(records, metric)))
 
@@ -68,27 +73,39 @@ def _accuracies(records: list[Record], trained: list[Record], env: dict[str, Any
         f"standard deviation over seeds {', '.join(map(str, seeds))}. JAX {env['jax']}, {env['device']}. "
         "In brackets: as many weights in every layer, but random ones.",
     ]
-    levels = _levels(records, "accuracy")
     for warm in _unique(records, "accuracy", "warm_up"):
         dense = _values(records, "accuracy", method="dense", warm_up=warm)
         lines += ["", f"**{WARMTH[warm].capitalize()}.**" + (f" Dense {_text(dense)}." if len(dense) else ""), ""]
-        lines += [
-            "| criterion | " + " | ".join(f"{100 * s:g} %" for s in levels) + " |",
-            "|---|" + "---|" * len(levels),
-        ]
-        methods = [m for m in _unique(records, "accuracy", "method") if not m.endswith(SHUFFLED) and m != "dense"]
-        for method in methods:
-            cells = []
-            for s in levels:
-                cell = _text(_values(records, "accuracy", method=method, sparsity=s, warm_up=warm))
-                control = _values(records, "accuracy", method=method + SHUFFLED, sparsity=s, warm_up=warm)
-                cells.append(f"{cell} ({_text(control)})" if len(control) else cell)
-            lines.append(f"| {_title(records, method)} | " + " | ".join(cells) + " |")
+        lines += _accuracy_rows(records, warm, "criterion")
     return lines
 
 
-def _head(levels: list[float]) -> list[str]:
-    return ["| criterion | " + " | ".join(f"{100 * s:g} %" for s in levels) + " |", "|---|" + "---|" * len(levels)]
+def _accuracy_rows(records: list[Record], warm: bool, corner: str) -> list[str]:
+    levels = _levels(records, "accuracy")
+    lines = _head(levels, corner)
+    for method in _unique(records, "accuracy", "method"):
+        if method.endswith(SHUFFLED) or method == "dense":
+            continue
+        cells = []
+        for s in levels:
+            cell = _text(_values(records, "accuracy", method=method, sparsity=s, warm_up=warm))
+            control = _values(records, "accuracy", method=method + SHUFFLED, sparsity=s, warm_up=warm)
+            cells.append(f"{cell} ({_text(control)})" if len(control) else cell)
+        lines.append(f"| {_title(records, method)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def readme_table(records: list[Record]) -> str:
+    """Accuracies, after warm-up where there are any."""
+    warm = max(_unique(records, "accuracy", "warm_up"), default=False)
+    dense = _values(records, "accuracy", method="dense", warm_up=warm)
+    return "\n".join(
+        _accuracy_rows(records, warm, f"{records[0]['network']} on {records[0]['dataset']}, dense {_text(dense)} %")
+    )
+
+
+def _head(levels: list[float], corner: str = "criterion") -> list[str]:
+    return [f"| {corner} | " + " | ".join(f"{100 * s:g} %" for s in levels) + " |", "|---|" + "---|" * len(levels)]
 
 
 def _collapse(records: list[Record]) -> list[str]:
@@ -165,10 +182,9 @@ def _budget(axes: Axes, records: list[Record], warm: bool) -> None:
     layers = _unique(records, "density", "layer")
     methods = _unique(records, "density", "method")
     density = np.array([
-        [_values(records, "density", method=m, sparsity=level, warm_up=warm, layer=n).mean() for n in layers]
-        for m in methods
+        [_mean(records, "density", method=m, sparsity=level, warm_up=warm, layer=n) for n in layers] for m in methods
     ])
-    texts = [["0" if x == 0 else f"{100 * x:.2g}" for x in row] for row in density]
+    texts = [["0" if x == 0 else f"{100 * x:.2g}" for x in row] for row in density.tolist()]
     names = [layer.removesuffix("/kernel") for layer in layers]
     titles = [_title(records, m) for m in methods]
     _heat(axes, np.log10(np.maximum(density, 1e-5)), titles, names, texts, cmap="viridis")
@@ -178,8 +194,7 @@ def _budget(axes: Axes, records: list[Record], warm: bool) -> None:
 def _draw_collapse(axes: Axes, records: list[Record], warm: bool) -> None:
     methods, levels = _unique(records, "collapsed_layers", "method"), _levels(records, "collapsed_layers")
     counts = np.array([
-        [_values(records, "collapsed_layers", method=m, sparsity=s, warm_up=warm).mean() for s in levels]
-        for m in methods
+        [_mean(records, "collapsed_layers", method=m, sparsity=s, warm_up=warm) for s in levels] for m in methods
     ])
     texts = [[f"{x:.2g}" for x in row] for row in counts]
     titles = [_title(records, m) for m in methods]

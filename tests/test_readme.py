@@ -1,4 +1,4 @@
-"""The gradual examples of the README run as they stand, and do what it says."""
+"""Examples of the README run as they stand, and do what it says."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ from woodjax.training import evaluate
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+AT_INIT = next(block for block in BLOCKS if "prune_at_init" in block)
 NNX, LINEN = (next(b for b in BLOCKS if "prune_transform" in b and word in b) for word in ("nnx.jit", "TrainState"))
 
 
@@ -39,3 +40,13 @@ def test_linen():
     apply_fn = lambda params, x: names["module"].apply({"params": params}, x)
     assert evaluate(apply_fn, names["state"].params, data) > 0.85
     assert int(wj.get_info(names["state"].opt_state).step) == 301
+
+
+def test_before_training():
+    names, lines = run(AT_INIT)
+    assert lines[0].startswith("empty layers: [] lowest density: 0.")
+    assert float(lines[1].removeprefix("test accuracy ")) > 0.85
+    _, params = bridge.functional(names["model"])
+    kernels = [(params[layer]["kernel"], leaves["kernel"]) for layer, leaves in names["masks"].items()]
+    assert sum(int((~mask).sum()) for _, mask in kernels) == round(0.9 * (64 * 64 + 64 * 32))
+    assert all((kernel[~mask] == 0).all() and (kernel[mask] != 0).all() for kernel, mask in kernels)

@@ -244,7 +244,8 @@ def synflow_scores(
     """SynFlow: `|w ∂R/∂w| / R`, the share of a weight in the flow from an input of ones to the outputs.
 
     `R` is the sum of the outputs of the network with the absolute value of every parameter. Where the network is
-    positively homogeneous (ReLUs, no biases, batch statistics as they begin) the shares of a layer add up to one.
+    positively homogeneous (ReLUs, no biases, batch statistics as they begin) the shares of a layer add up to one. Where
+    it takes means away (layer normalisation, batch statistics after a warm-up) scores are defined, but no flow.
     Meant for many rounds: `prune_at_init(..., criterion="synflow")` takes 100, after which no layer is empty before
     every layer must be.
 
@@ -294,9 +295,9 @@ def _shares(network: LossRow, params: Params, ones: Batch) -> Params:
 
     small = 1 / LARGE
     plain, shrunk = total(positive, 1.0), total(positive, small)
-    fits = plain < LARGE
-    gain_root = jnp.where(fits, jnp.sqrt(plain), jnp.sqrt(shrunk) * jnp.sqrt(LARGE))
+    fits = jnp.abs(plain) < LARGE
+    gain_root = jnp.where(fits, jnp.sqrt(jnp.abs(plain)), jnp.sqrt(jnp.abs(shrunk)) * jnp.sqrt(LARGE))
     scale = jnp.where(fits, 1.0, 1 / gain_root)
     # Half of the scale goes to the cotangent, or either end of a deep network would be out of range.
     value, gradient = jax.value_and_grad(lambda p: total(p, scale) / gain_root)(positive)
-    return jax.tree.map(lambda w, g: w * g / value, positive, gradient)
+    return jax.tree.map(lambda w, g: jnp.abs(w * g / value), positive, gradient)
