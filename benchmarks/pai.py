@@ -101,7 +101,7 @@ class Study:
     def masks(self, begin: Start, cell: Cell) -> Masks:
         """Prune, and record what is left."""
         masks, info = wj.prune_at_init(
-            begin.apply_fn,
+            begin.apply_fn if wj.INIT_CRITERIA[cell.method].data else begin.cold_fn,
             begin.params,
             begin.batch,
             cell.sparsity,
@@ -113,12 +113,10 @@ class Study:
             return masks
         for path, density in info.report.density.items():
             self.add(cell, "density", float(density), layer=path)
-        try:
-            effective = wj.effective_masks(begin.apply_fn, begin.params, masks, begin.batch, select=begin.select)
+        if not self.args.network.startswith("vit"):  # layer normalisation lets no positive flow through
+            effective = wj.effective_masks(begin.cold_fn, begin.params, masks, begin.batch, select=begin.select)
             left = wj.layer_collapse_report(effective, select=begin.select)
             self.add(cell, "effective_sparsity", float(left.sparsity))
-        except ValueError:  # layer normalisation lets no positive flow through
-            pass
         self.add(cell, "lowest_density", float(info.report.lowest_density))
         self.add(cell, "collapsed_layers", int(info.report.collapsed), "layers")
         return masks
@@ -132,7 +130,9 @@ class Study:
         optimizer = sgd_recipe(args.learning_rate, steps=steps, decay=args.decay, weight_decay=args.weight_decay)
         graph, state = nnx.split(begin.model)
         model = nnx.merge(graph, jax.tree.map(jnp.copy, state))
-        folder = "-".join(map(str, (args.dataset, args.network, *cell)))
+        recipe = {name: getattr(args, name) for name in TRAINING}
+        everything = args.dataset, args.network, *cell, *recipe.values(), *(getattr(args, name) for name in SCORING)
+        diverged = False
         try:
             fit(
                 model,
@@ -143,14 +143,14 @@ class Study:
                 batch_size=args.batch_size,
                 masks=masks,
                 augment=augment if args.augment else None,
-                checkpoint_dir=args.checkpoints and args.checkpoints / folder,
+                checkpoint_dir=args.checkpoints and args.checkpoints / "-".join(map(str, everything)),
             )
-            # The running average of a short training is not the statistics of the network that came out.
-            bridge.reestimate_batch_stats(model, one_pass(self.data, cell.seed))
-            value = 100 * evaluate_model(model, self.data)
-        except FloatingPointError:  # it diverged
-            value = float("nan")
-        self.add(cell, "accuracy", value, "%", **{name: getattr(args, name) for name in TRAINING})
+        except FloatingPointError:  # the model is that of the last whole epoch
+            diverged = True
+        # The running average of a short training is not the statistics of the network that came out.
+        bridge.reestimate_batch_stats(model, one_pass(self.data, cell.seed))
+        value = 100 * evaluate_model(model, self.data)
+        self.add(cell, "accuracy", value, "%", diverged=diverged, **recipe)
 
     def overlaps(self, begin: Start, found: dict[Cell, Masks]) -> None:
         """Share of the kept weights that two criteria have in common."""

@@ -23,6 +23,7 @@ class Start(NamedTuple):
 
     model: nnx.Module
     apply_fn: ApplyFn
+    cold_fn: ApplyFn  # with batch statistics as they begin: what needs no data asks this one
     params: Params
     batch: Batch
     select: Select
@@ -40,16 +41,20 @@ def load(dataset: str, data_dir: Path | None, *, image_size: int | None, example
         data = data._replace(train_inputs=data.train_inputs[:examples], train_labels=data.train_labels[:examples])
     if image_size is None:
         return data
+    resized = (_resize(images, image_size) for images in (data.train_inputs, data.test_inputs))
+    return data._replace(**dict(zip(("train_inputs", "test_inputs"), resized, strict=True)))
 
-    def resize(images: np.ndarray) -> np.ndarray:
-        n, size, _, channels = images.shape
-        if image_size > size:
-            images = images.repeat(image_size // size, axis=1).repeat(image_size // size, axis=2)
-            return images.repeat(3 // channels, axis=3)
-        k = size // image_size
-        return images.reshape(n, image_size, k, image_size, k, channels).mean(axis=(2, 4)).astype(np.float32)
 
-    return data._replace(train_inputs=resize(data.train_inputs), test_inputs=resize(data.test_inputs))
+def _resize(images: np.ndarray, to: int) -> np.ndarray:
+    n, size, _, channels = images.shape
+    if max(size, to) % min(size, to):
+        raise SystemExit(f"--image-size {to} and images of {size}×{size}: one has to divide the other.")
+    if to > size:
+        images = images.repeat(to // size, axis=1).repeat(to // size, axis=2)
+    else:
+        k = size // to
+        images = images.reshape(n, to, k, to, k, channels).mean(axis=(2, 4)).astype(np.float32)
+    return images.repeat(3 // channels, axis=3)
 
 
 def start(network: str, data: TrainingData, seed: int, *, warm: bool, per_class: int) -> Start:
@@ -59,12 +64,14 @@ def start(network: str, data: TrainingData, seed: int, *, warm: bool, per_class:
     options: dict[str, Any] = {} if classes == 10 else {"classes": classes}
     model = NETWORKS[network](rngs, **options | ({} if isinstance(data, Dataset) else {"stem": "imagenet"}))
     torch_init(model, rngs)
+    model.eval()
+    cold_fn, _ = bridge.functional(model)
     if warm:
         bridge.warm_up_batch_stats(model, one_pass(data, seed))
     model.eval()
     apply_fn, params = bridge.functional(model)
     batch = of_each_class(data, classes, per_class, seed)
-    return Start(model, apply_fn, params, batch, wj.hidden_kernels(apply_fn, params, batch[0]))
+    return Start(model, apply_fn, cold_fn, params, batch, wj.hidden_kernels(apply_fn, params, batch[0]))
 
 
 def one_pass(data: TrainingData, seed: int) -> Iterator[Any]:

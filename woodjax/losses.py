@@ -1,14 +1,14 @@
 """From a pure `apply_fn` to the loss of one example."""
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from woodjax.typing import ApplyFn, Example, LossFn, Params
+from woodjax.typing import ApplyFn, LossFn
 
 
 def cross_entropy(apply_fn: ApplyFn, *, temperature: float = 1.0) -> LossFn:
@@ -35,18 +35,20 @@ def cross_entropy(apply_fn: ApplyFn, *, temperature: float = 1.0) -> LossFn:
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}: pass a positive number; 1 leaves the logits as they are.")
-    bind = jax.tree_util.Partial if isinstance(apply_fn, jax.tree_util.Partial) else partial
-    return bind(_CrossEntropy(temperature), apply_fn)
+    if isinstance(apply_fn, jax.tree_util.Partial):
+        return jax.tree_util.Partial(_CrossEntropy(temperature), apply_fn)
+    return _CrossEntropy(temperature, apply_fn)
 
 
 @dataclass(frozen=True)
 class _CrossEntropy:
-    """Known to `jit` by the temperature."""
+    """Known to `jit` by its values: one made again of the same function compiles nothing anew."""
 
     temperature: float
+    apply_fn: ApplyFn | None = None  # None: the first argument of the call
 
-    def __call__(self, apply_fn: ApplyFn, params: Params, example: Example) -> Float[Array, ""]:
-        inputs, label = example
+    def __call__(self, *arguments: Any) -> Float[Array, ""]:
+        apply_fn, params, (inputs, label) = (self.apply_fn, *arguments) if self.apply_fn else arguments
         logits = apply_fn(params, jax.tree.map(lambda x: x[None], inputs))[0]
         wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return optax.softmax_cross_entropy_with_integer_labels(wide / self.temperature, label)

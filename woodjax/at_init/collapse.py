@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from woodjax.at_init._selected import wide
+from woodjax.at_init._selected import inputs_of, wide
 from woodjax.gradients import LossRow, check_apply
-from woodjax.tree import check_bool, check_like, is_kernel, make_layout
+from woodjax.tree import check_bool, check_floating, check_like, is_kernel, make_layout
 from woodjax.typing import ApplyFn, Batch, Masks, Params, Select
 
 FLOWS = 16  # random inputs: a max-pooling window lets one position of each through
@@ -37,7 +37,7 @@ def layer_collapse_report(masks: Masks, *, select: Select = is_kernel, batch_axe
 
     Args:
         masks: A params-tree of bool. For effective densities pass those of `effective_masks`.
-        select: Which leaves are prunable.
+        select: Which leaves are prunable: the same that the masks were made with.
         batch_axes: Leading axes that stack layers.
 
     Returns:
@@ -96,8 +96,8 @@ def effective_masks(
         well, such as a corner of a kernel that only ever meets padding, stay.
 
     Raises:
-        ValueError: Trees that differ; masks that are not bool; no leaf selected; a leaf that no flow reaches in the
-            dense network (outside `jit`).
+        ValueError: Trees that differ; masks that are not bool; no leaf selected; inputs that are not floating; a leaf
+            that no flow reaches in the dense network, or flow that float32 does not hold (outside `jit`).
 
     Cost:
         Four forward and backward passes of 16 inputs.
@@ -116,7 +116,8 @@ def effective_masks(
     check_like(masks, params, "masks")
     check_bool(masks, "masks")
     layout = make_layout(params, select=select)
-    inputs = batch[0] if isinstance(batch, tuple) else batch
+    inputs = inputs_of(batch)
+    check_floating(inputs)
     check_apply(apply_fn, params, inputs)
     key = jax.random.key(seed)
     drawn = jax.tree.map(lambda x: jax.random.uniform(key, (FLOWS, *x.shape[1:]), x.dtype, 0.5, 1.5), inputs)
@@ -124,7 +125,14 @@ def effective_masks(
     chosen = tuple(spec.selected for spec in layout.leaves)
     reached = [_reached(LossRow(apply_fn, False), params, m, drawn, chosen=chosen) for m in (everything, masks)]
     results = []
-    for spec, mask, dense, sparse in zip(layout.leaves, *map(jax.tree.leaves, (masks, *reached)), strict=True):
+    for _, held in reached:
+        if not isinstance(held, jax.core.Tracer) and not bool(held):
+            raise ValueError(
+                "The flow through the network overflows: pass apply_fn with batch statistics as they begin, "
+                "and scales of normalisation of about one."
+            )
+    found = [jax.tree.leaves(tree) for tree, _ in reached]
+    for spec, mask, dense, sparse in zip(layout.leaves, jax.tree.leaves(masks), *found, strict=True):
         if spec.selected and not isinstance(dense, jax.core.Tracer) and not bool(jnp.any(dense)):
             raise ValueError(
                 f"No flow goes through leaf '{spec.path}' in the dense network: pass apply_fn with batch statistics as "
@@ -135,7 +143,9 @@ def effective_masks(
 
 
 @partial(jax.jit, static_argnames="chosen")
-def _reached(network: LossRow, params: Params, masks: Masks, inputs: Batch, *, chosen: tuple[bool, ...]) -> Masks:
+def _reached(
+    network: LossRow, params: Params, masks: Masks, inputs: Batch, *, chosen: tuple[bool, ...]
+) -> tuple[Masks, Bool[Array, ""]]:
     """Which weights have flow on both sides.
 
     Args:
@@ -146,7 +156,7 @@ def _reached(network: LossRow, params: Params, masks: Masks, inputs: Batch, *, c
         chosen: Which leaves are prunable.
 
     Returns:
-        A params-tree of bool.
+        A params-tree of bool, and whether all numbers were finite.
     """
     leaves, treedef = jax.tree.flatten(params)
     positive = [
@@ -160,7 +170,8 @@ def _reached(network: LossRow, params: Params, masks: Masks, inputs: Batch, *, c
 
     # What biases feed in is there without input too, to the same bits where no path from the input ends.
     fed, unfed = gradient(jax.tree.map(lambda x: x * 1e3, inputs)), gradient(jax.tree.map(jnp.zeros_like, inputs))
-    return jax.tree.map(lambda a, b: a != b, fed, unfed)
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((fed, unfed))]
+    return jax.tree.map(lambda a, b: a != b, fed, unfed), jnp.all(jnp.stack(finite))
 
 
 def _unit_flow(mask: Array, dtype: jnp.dtype) -> Array:

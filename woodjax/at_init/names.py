@@ -27,6 +27,7 @@ class InitCriterion(NamedTuple):
     asks: Literal["loss", "network"] = "loss"
     temperature: float = 1.0  # divides the logits of the loss
     rounds: int = 1  # as published
+    data: bool = True  # does it need labelled examples?
 
 
 def _magnitude(function: Any, params: Params, batch: Batch, key: Any, *, select: Select, check: bool = True) -> Scores:
@@ -42,13 +43,13 @@ def _random(function: Any, params: Params, batch: Batch, key: Any, *, select: Se
 PAPER_TEMPERATURE = 200.0
 
 INIT_CRITERIA: dict[str, InitCriterion] = {
-    "random": InitCriterion("Random", _random),
-    "magnitude": InitCriterion("Magnitude", _magnitude),
+    "random": InitCriterion("Random", _random, data=False),
+    "magnitude": InitCriterion("Magnitude", _magnitude, data=False),
     "grad-norm": InitCriterion("GradNorm", grad_norm_scores),
     "snip": InitCriterion("SNIP", snip_scores),
     "iterative-snip": InitCriterion("SNIP, 100 rounds", snip_scores, rounds=100),
     "grasp": InitCriterion("GraSP", grasp_scores, temperature=PAPER_TEMPERATURE),
-    "synflow": InitCriterion("SynFlow", synflow_scores, "network", rounds=100),
+    "synflow": InitCriterion("SynFlow", synflow_scores, "network", rounds=100, data=False),
     "fisher-diagonal": InitCriterion("Fisher diagonal", partial(fisher_scores, form="diagonal")),
     "fisher-pruner": InitCriterion("Fisher pruner", partial(fisher_scores, form="pruner")),
     "fisher-taylor": InitCriterion("Fisher–Taylor", partial(fisher_scores, form="taylor")),
@@ -63,7 +64,8 @@ INIT_CRITERIA: dict[str, InitCriterion] = {
     ),
     "hessian-diagonal": InitCriterion("Exact diagonal", partial(gauss_newton_scores, form="diagonal"), "network"),
     "hessian-pruner": InitCriterion("Exact pruner", partial(gauss_newton_scores, form="pruner"), "network"),
-    "hessian-taylor": InitCriterion("Exact –Taylor", partial(gauss_newton_scores, form="taylor"), "network"),
+    "hessian-taylor": InitCriterion("Exact–Taylor", partial(gauss_newton_scores, form="taylor"), "network"),
     "obs": InitCriterion("OBS, whole Fisher", fisher_obs_scores),
 }
-"""`hutchinson-…` is the published mode: 10 probes an example, logits over 200, signed. `hessian-…` is exact."""
+"""`hutchinson-…` is the published mode: 10 probes an example, logits over 200, signed. `hessian-…` is exact. `grasp`
+has the temperature of its authors' code."""

@@ -106,7 +106,8 @@ def hutchinson_scores(
     """Scores of Hutchinson's estimate of `diag(H)`: HD, HP or HTS by `form`, signed.
 
     The study that proposed them takes 10 probes an example of the loss with logits over 200:
-    `hutchinson_scores(cross_entropy(apply_fn, temperature=200), ...)`. At initialization that is noise of the size of
+    `hutchinson_scores(cross_entropy(apply_fn, temperature=200), ...)`, with signs on every leaf, prunable or not, as in
+    its released code. At initialization that is noise of the size of
     the rows of `H`, a thousand times the diagonal itself; what it does is to spread the budget over the layers. For
     the diagonal itself see `gauss_newton_scores`.
 

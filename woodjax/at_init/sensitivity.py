@@ -258,14 +258,15 @@ def synflow_scores(
         check: Look for dropout, train-mode batch normalisation and impure losses first.
 
     Returns:
-        A params-tree of scores.
+        A params-tree of scores; zero where there is no flow at all.
 
     Raises:
-        ValueError: No leaf selected; outputs not `[n, C]`; as `check_loss`.
+        ValueError: No leaf selected; as `check_loss`; `R` above 1e30 in a network that is not homogeneous, or above
+            1e65 (outside `jit`; under it scores are NaN).
 
     Cost:
-        One forward and backward pass of one input, and two forward passes for the scale of `R`: it grows
-        exponentially with depth. Above 1e30 the input is made smaller, which biases would show; above 1e65 it is NaN.
+        One forward and backward pass of one input, and three forward passes for the scale of `R`: it grows
+        exponentially with depth. Above 1e30 the input is made smaller, which changes nothing in a homogeneous network.
 
     References:
         Tanaka, Kunin, Yamins & Ganguli, SynFlow, 2020 (arXiv 2006.05467), equation 2 and algorithm 1.
@@ -283,6 +284,11 @@ def synflow_scores(
         check_apply(apply_fn, params, inputs)
     ones = jax.tree.map(lambda x: jnp.ones((1, *x.shape[1:]), x.dtype), inputs)
     shares = _shares(LossRow(apply_fn, False), params, ones)
+    if any(bool(jnp.any(jnp.isnan(x))) for x in jax.tree.leaves(shares) if not isinstance(x, jax.core.Tracer)):
+        raise ValueError(
+            "The flow R of SynFlow does not fit into float32: pass apply_fn with batch statistics as they begin "
+            "(SynFlow needs no data) and zero biases, or parameters that are finite."
+        )
     return keep_selected(params, shares, select)
 
 
@@ -293,11 +299,16 @@ def _shares(network: LossRow, params: Params, ones: Batch) -> Params:
     def total(p: Params, scale: Float[Array, ""] | float) -> Float[Array, ""]:
         return jnp.sum(network.loss_fn(p, jax.tree.map(lambda x: x * jnp.asarray(scale, x.dtype), ones)))
 
-    small = 1 / LARGE
-    plain, shrunk = total(positive, 1.0), total(positive, small)
+    plain, small, smaller = (total(positive, scale) for scale in (1.0, 1 / LARGE, 1e-3 / LARGE))
     fits = jnp.abs(plain) < LARGE
-    gain_root = jnp.where(fits, jnp.sqrt(jnp.abs(plain)), jnp.sqrt(jnp.abs(shrunk)) * jnp.sqrt(LARGE))
-    scale = jnp.where(fits, 1.0, 1 / gain_root)
+    homogeneous = jnp.abs(small - 1e3 * smaller) <= 1e-3 * jnp.abs(small)  # then a smaller input changes no share
+    root = jnp.where(fits, jnp.sqrt(jnp.abs(plain)), jnp.sqrt(jnp.abs(small)) * jnp.sqrt(LARGE))
+    scale = jnp.where(fits, 1.0, 1 / root)
     # Half of the scale goes to the cotangent, or either end of a deep network would be out of range.
-    value, gradient = jax.value_and_grad(lambda p: total(p, scale) / gain_root)(positive)
-    return jax.tree.map(lambda w, g: jnp.abs(w * g / value), positive, gradient)
+    value, gradient = jax.value_and_grad(lambda p: total(p, scale) / root)(positive)
+    known = fits | homogeneous
+
+    def share(w: Array, g: Array) -> Array:
+        return jnp.where(known, jnp.where(plain == 0, 0, jnp.abs(w * g / value)), jnp.nan)
+
+    return jax.tree.map(share, positive, gradient)
