@@ -262,3 +262,14 @@ def test_without_batch_normalisation_warm_up_changes_nothing():
     variables = module.init(jax.random.key(0), INPUTS)
     chex.assert_trees_all_equal(linen_bridge.warm_up_batch_stats(module, variables, [INPUTS]), variables)
     assert wj.warm_up_batch_stats(lambda params, stats, x: stats, None, {}, [INPUTS]) == {}
+
+
+def test_a_function_of_a_model_stays_as_the_model_was():
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    model.eval()
+    apply_fn, params = nnx_bridge.functional(model)
+    before = apply_fn(params, INPUTS[:, :3])
+    nnx_bridge.warm_up_batch_stats(model, [INPUTS[:, :3]])
+    np.testing.assert_array_equal(apply_fn(params, INPUTS[:, :3]), before)
+    after, _ = nnx_bridge.functional(model)
+    assert np.abs(after(params, INPUTS[:, :3]) - before).max() > 0.1

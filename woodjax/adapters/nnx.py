@@ -48,8 +48,15 @@ def functional(model: nnx.Module) -> tuple[ApplyFn, Params]:
         >>> apply_fn(params, jnp.ones((5, 3))).shape
         (5, 2)
     """
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    graph, state, rest = _split(model)
     return jax.tree_util.Partial(_Apply(graph), state, rest), nnx.to_pure_dict(state)
+
+
+def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    # Variables of their own: those that split returns are the model's, and change with it.
+    graph, *states = nnx.split(model, nnx.Param, ...)
+    state, rest = jax.tree.map(lambda x: x, states)
+    return graph, state, rest
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def functional_train(model: nnx.Module) -> tuple[TrainFn, Params, PyTree]:
         >>> round(float(rest["mean"][0]), 3)
         0.01
     """
-    graph, state, rest = nnx.split(model, nnx.Param, ...)
+    graph, state, rest = _split(model)
     forward = jax.tree_util.Partial(_Forward(graph), state, rest)
     return forward, nnx.to_pure_dict(state), nnx.to_pure_dict(rest)
 

@@ -83,8 +83,8 @@ def fit(
         augment: `augment(key, images) -> images`, applied in the step before normalisation, for example
             `woodjax.datasets.augment`.
         label_smoothing: Weight of the uniform distribution in the targets, in [0, 1).
-        checkpoint_dir: Folder for checkpoints; a run that finds one there goes on from it, if it began with the same
-            weights, masks, data, batch size and seed. Optimizer, `augment` and `epochs` are not compared: another
+        checkpoint_dir: Folder for checkpoints; a run that finds one there goes on from it, if it has the same masks,
+            data, batch size and seed. Optimizer, `augment`, `epochs` and first weights are not compared: another
             recipe needs another folder. None keeps none.
         checkpoint_every: Epochs between checkpoints; the last epoch is always saved.
         on_epoch: Called after each epoch, with the model up to date and in eval mode.
@@ -132,7 +132,7 @@ def fit(
         first, checkpoints = 0, None
         if checkpoint_dir is not None:
             settings = {"dataset": dataset.name, "examples": dataset.num_train, "batch_size": batch_size, "seed": seed}
-            settings |= {"label_smoothing": float(label_smoothing), "masks": _digest(masks), "start": _digest(params)}
+            settings |= {"label_smoothing": float(label_smoothing), "masks": None if masks is None else _digest(masks)}
             checkpoints = stack.enter_context(Checkpoints(checkpoint_dir, settings))
             first, state = checkpoints.restore(state) or (0, state)
         _write(model, state)
@@ -247,10 +247,10 @@ def _write(model: nnx.Module, state: _State) -> None:
         nnx.update(model, current)
 
 
-def _digest(arrays: PyTree) -> str:
+def _digest(masks: Masks) -> str:
     digest = hashlib.sha256()
-    for array in map(np.asarray, jax.tree.leaves(arrays)):
-        digest.update((np.packbits(array) if array.dtype == bool else array).tobytes())
+    for mask in jax.tree.leaves(masks):
+        digest.update(np.packbits(np.asarray(mask)).tobytes())
     return digest.hexdigest()
 
 
