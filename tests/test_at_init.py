@@ -368,7 +368,7 @@ def test_a_residual_network_with_batch_statistics():
     warm, _ = bridge.functional(model)
     shares = wj.synflow_scores(cold, params, batch)
     np.testing.assert_allclose(shares["stem"]["kernel"].sum(), 1, rtol=1e-5)  # all flow goes through it
-    assert 0.1 < shares["two"]["kernel"].sum() < 0.9  # some goes round
+    assert 0.5 < shares["two"]["kernel"].sum() < 0.999  # some goes round
     for name in ("snip", "fisher-pruner", "hutchinson-diagonal", "hessian-pruner"):
         kept = {}
         for apply_fn in (cold, warm):
