@@ -34,7 +34,7 @@ from woodjax.adapters import nnx as bridge
 from woodjax.datasets import READERS, augment
 from woodjax.models import NETWORKS
 from woodjax.training import evaluate_model, fit, sgd_recipe
-from woodjax.typing import Masks
+from woodjax.typing import Masks, Scores
 
 QUICK = {
     "dataset": "digits",
@@ -75,6 +75,7 @@ class Study:
         self.args = args
         self.data = load(args.dataset, args.data_dir, image_size=args.image_size, examples=args.examples)
         self.record = Recorder(args.json, "pai", args.network, args.dataset)
+        self.scores: dict[tuple[Any, ...], Scores] = {}
 
     @cached_property
     def finished(self) -> set[tuple[Any, ...]]:
@@ -99,26 +100,33 @@ class Study:
         self.record.add(metric, value, unit, column=column, config=config, **place)
 
     def masks(self, begin: Start, cell: Cell) -> Masks:
-        """Prune, and record what is left."""
-        masks, info = wj.prune_at_init(
-            begin.apply_fn if wj.INIT_CRITERIA[cell.method].data else begin.cold_fn,
-            begin.params,
-            begin.batch,
-            cell.sparsity,
-            jax.random.key(cell.seed),
-            criterion=cell.method,
-            select=begin.select,
-        )
+        """Prune, and record what is left; scores of one round serve every sparsity."""
+        criterion, key = wj.INIT_CRITERIA[cell.method], (cell.method, cell.seed, cell.warm)
+        if key in self.scores:
+            masks = wj.make_masks(self.scores[key], cell.sparsity)
+        else:
+            masks, info = wj.prune_at_init(
+                begin.apply_fn if criterion.data else begin.cold_fn,
+                begin.params,
+                begin.batch,
+                cell.sparsity,
+                jax.random.key(cell.seed),
+                criterion=cell.method,
+                select=begin.select,
+            )
+            if criterion.rounds == 1:
+                self.scores[key] = info.scores
         if (*cell, "collapsed_layers") in self.finished:
             return masks
-        for path, density in info.report.density.items():
+        report = wj.layer_collapse_report(masks, select=begin.select)
+        for path, density in report.density.items():
             self.add(cell, "density", float(density), layer=path)
         if not self.args.network.startswith("vit"):  # layer normalisation lets no positive flow through
             effective = wj.effective_masks(begin.cold_fn, begin.params, masks, begin.batch, select=begin.select)
             left = wj.layer_collapse_report(effective, select=begin.select)
             self.add(cell, "effective_sparsity", float(left.sparsity))
-        self.add(cell, "lowest_density", float(info.report.lowest_density))
-        self.add(cell, "collapsed_layers", int(info.report.collapsed), "layers")
+        self.add(cell, "lowest_density", float(report.lowest_density))
+        self.add(cell, "collapsed_layers", int(report.collapsed), "layers")
         return masks
 
     def trained(self, begin: Start, cell: Cell, masks: Masks | None) -> None:
