@@ -85,6 +85,7 @@ INNER = {
 }
 
 
+@pytest.mark.newest
 # Both clean by one function: what it finds in a state does not depend on who calls it.
 @pytest.mark.parametrize(
     ("inner", "who"), [*((inner, "refresh") for inner in INNER), ("chain", "update"), ("multi steps", "update")]
@@ -110,6 +111,7 @@ def test_moments_before_the_element_of_a_chain_are_cleaned_by_a_refresh():
     assert moments_of_the_dead(state, wj.get_masks(state)) == 0
 
 
+@pytest.mark.newest
 def test_factored_moments_are_left_alone():
     big = {"w": jax.random.normal(jax.random.key(0), (128, 128))}
     tx = wj.prune_transform(optax.adafactor(1e-2))
@@ -187,6 +189,7 @@ def test_the_last_pattern_holds_inside_the_update():
     assert int((~wj.get_masks(state)["out"]).sum()) == 4
 
 
+@pytest.mark.newest
 def test_a_memory_of_past_steps_is_cleaned_too():
     tx = wj.prune_transform(optax.scale_by_lbfgs(memory_size=3))
     params, state = run(tx, 4)
@@ -226,6 +229,7 @@ def test_masks_of_a_sparse_checkpoint():
     assert wj.masks_from_params(params, select=lambda path, leaf: "dense/k" in path)["out"].all()
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("mend", [False, True])
 def test_lookahead_needs_its_slow_weights_masked(mend):
     """Else the fast weights get back, at every synchronisation, what the slow ones still have."""
@@ -242,6 +246,7 @@ def test_lookahead_needs_its_slow_weights_masked(mend):
     assert (max(dead[4:]) == 0) == mend
 
 
+@pytest.mark.newest
 def test_schedule_free_evaluation_is_sparse_too():
     inner = optax.contrib.schedule_free_adamw(1e-2)
     tx = wj.prune_transform(inner, schedule=ONCE, criterion=wj.magnitude_scores)
