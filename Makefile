@@ -14,8 +14,9 @@ demo: $(VENV)/.ready
 
 test: lint types floors unit
 
+# A file in one process: what one of its tests compiled serves the others.
 unit: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Nearly all of the time of the tests goes into compiling small programs. LLVM's expensive passes change no semantics;
+# set it to 0 to test with them. In the environment, before JAX is imported, so that jobs of their own see it too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import hypothesis
 import jax
 import pytest

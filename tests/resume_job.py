@@ -1,6 +1,6 @@
-"""A training that prunes and saves as it goes: `python resume_job.py ROUTE FOLDER [kill after this step]`.
+"""A training that prunes and saves as it goes: `python resume_job.py ROUTE FOLDER STEP` is killed after that step.
 
-Started again it goes on from its last checkpoint. Prints a digest of everything at the end.
+Started again it goes on from its last checkpoint.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ def transform(route):
     return wj.prune_transform(optax.adamw(1e-2), schedule=SCHEDULE, fisher=window)
 
 
-def main():
-    route, folder, kill = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None
+def train(route, folder, kill=None):
+    """Returns a digest of everything at the end, how much of `w` is pruned, and where it went on from."""
     tx = transform(route)
     params = {"w": jax.random.normal(jax.random.key(0), (6, 4)), "v": jnp.ones(4)}
     network = {"params": params, "opt_state": tx.init(params)}
@@ -66,8 +66,8 @@ def main():
     for leaf in jax.tree.leaves(network):
         digest.update(jnp.asarray(leaf).tobytes())
     masks = wj.get_masks(network["opt_state"])
-    print(digest.hexdigest(), int((~masks["w"]).sum()), "from", last)
+    return digest.hexdigest(), int((~masks["w"]).sum()), last
 
 
 if __name__ == "__main__":
-    main()
+    train(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

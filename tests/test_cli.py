@@ -10,7 +10,17 @@ from safetensors.numpy import load_file
 
 from woodjax.cli import main
 
-SMALL = ["--epochs", "3", "--examples", "64", "--stages", "2", "--sparsity", "0.5", "0.9"]
+SMALL = [
+    "--epochs",
+    "3",
+    "--examples",
+    "64",
+    "--stages",
+    "2",
+    "--sparsity",
+    "0.3",
+    "0.5",
+]  # stages of auto grow with them
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +30,7 @@ def run(tmp_path_factory):
     return out
 
 
+@pytest.mark.newest
 def test_report(run):
     report = json.loads((run / "report.json").read_text())
     assert report["network"] == "digits-mlp"
@@ -44,6 +55,7 @@ def test_report(run):
     assert columns["joint-staged"] == columns["auto"] == "staged"
 
 
+@pytest.mark.newest
 def test_arrays_are_the_pruned_network(run):
     for file in sorted((run / "arrays").glob("*.safetensors")):
         arrays = load_file(file)
@@ -57,13 +69,15 @@ def test_arrays_are_the_pruned_network(run):
         assert pruned == round(float(file.stem.rsplit("-", 1)[1]) * 6464)
 
 
+@pytest.mark.newest
 def test_picture(run):
     assert (run / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.newest
 def test_the_same_seed_gives_the_same_weights(run, tmp_path):
     assert main(["prune", *SMALL, "--method", "joint-staged", "--out", str(tmp_path)]) == 0
-    name = "arrays/joint-staged-0.9.safetensors"
+    name = "arrays/joint-staged-0.5.safetensors"
     first, second = load_file(run / name), load_file(tmp_path / name)
     assert all(np.array_equal(first[key], second[key]) for key in first)
 

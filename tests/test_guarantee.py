@@ -16,6 +16,7 @@ TESTS = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", TESTS)
 @pytest.mark.parametrize(("rate", "size"), [(0.02, 400), (0.1, 100), (0.5, 50)])
 def test_a_true_hypothesis_is_rejected_no_more_often_than_promised(name, rate, size):
@@ -26,6 +27,7 @@ def test_a_true_hypothesis_is_rejected_no_more_often_than_promised(name, rate, s
     assert rejected <= stats.binom.ppf(0.999, trials, level)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", TESTS)
 def test_a_test_that_ignores_chance_would_be_caught(name):
     """The sample mean alone, taken for a proof, rejects a true hypothesis half of the time; a good network passes."""

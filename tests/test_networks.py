@@ -48,6 +48,7 @@ def test_the_page_has_all_networks():
     assert set(PUBLISHED) <= {(name, classes) for name, _, _, classes, *_ in ROWS}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[1]}")
 def test_the_table_is_true(row):
     """Shapes only: no weight is made."""

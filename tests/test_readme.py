@@ -11,6 +11,8 @@ import woodjax as wj
 from woodjax.adapters import nnx as bridge
 from woodjax.training import evaluate
 
+pytestmark = pytest.mark.newest  # 300 steps each; test_transform_frameworks does the same in 8
+
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 AT_INIT = next(block for block in BLOCKS if "prune_at_init" in block)

@@ -69,7 +69,7 @@ def nnx_step(model, optimizer):
     optimizer.update(model, nnx.grad(lambda m: mean_cross_entropy(m(INPUTS)))(model))
 
 
-@pytest.mark.parametrize("route", ["A", "D", "magnitude"])
+@pytest.mark.parametrize("route", ["A", "D", pytest.param("magnitude", marks=pytest.mark.newest)])
 def test_nnx_optimizer(route):
     model = NnxNet(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, transform(route), wrt=nnx.Param)
@@ -143,7 +143,7 @@ class NoCompilation:
         assert not self.found
 
 
-@pytest.mark.parametrize("route", ["A", "D"])
+@pytest.mark.parametrize("route", ["A", pytest.param("D", marks=pytest.mark.newest)])
 def test_linen_train_state(route):
     module = LinenNet()
     variables = module.init(jax.random.key(0), INPUTS, train=False)
@@ -174,7 +174,7 @@ def test_linen_train_state(route):
     assert_sparse(state.params, wj.get_masks(state.opt_state))
 
 
-@pytest.mark.parametrize("route", ["A", "D"])
+@pytest.mark.parametrize("route", [pytest.param("A", marks=pytest.mark.newest), "D"])
 def test_equinox(route):
     model = eqx.nn.MLP(72, 3, 4, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -198,7 +198,9 @@ def test_equinox(route):
     assert sum(int((~mask).sum()) for mask in jax.tree.leaves(masks)) == 225  # of 288 + 12
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize(
+    "momentum", [pytest.param(0.0, marks=pytest.mark.newest), 0.5, pytest.param(0.99, marks=pytest.mark.newest)]
+)
 def test_batch_statistics_are_plain_averages_whatever_the_momentum(momentum):
     batches = [INPUTS[:12], 3 * INPUTS[12:] - 1]
     model = NnxNet(nnx.Rngs(0), momentum)

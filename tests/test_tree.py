@@ -1,5 +1,7 @@
 """Trees to blocks and back."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,26 +24,26 @@ def numbered(shapes):
     return leaves
 
 
-@settings(max_examples=12)
+@partial(jax.jit, static_argnames=("layout", "lead"))
+def there_and_back(tree, layout, lead):
+    """One program for each example: hardly anything else here takes time."""
+    blocks = layout.to_blocks(jax.tree.map(lambda x: jnp.broadcast_to(x, (*lead, *x.shape)), tree))
+    return blocks, layout.to_tree(blocks[0] if lead else blocks, fill=-1)
+
+
+@settings(max_examples=20)
 @given(shapes=SHAPES, block_size=st.one_of(st.none(), st.integers(1, 40)), lead=st.sampled_from([(), (3,)]))
-def test_round_trip(shapes, block_size, lead):
+def test_blocks_hold_each_weight_once_and_zeros_besides_and_go_back(shapes, block_size, lead):
     tree = numbered([(2, 2), *shapes])
     layout = wj.make_layout(tree, block_size=block_size)
-    blocks = layout.to_blocks(jax.tree.map(lambda x: np.broadcast_to(x, (*lead, *x.shape)), tree))
+    blocks, back = jax.device_get(there_and_back(tree, layout, lead))
     assert blocks.shape == (*lead, layout.num_blocks, layout.block_size)
-    back = layout.to_tree(blocks[0] if lead else blocks, fill=-1)
+    expected = np.concatenate([x.reshape(-1) for x in tree.values() if x.ndim >= 2])
+    for one in blocks if lead else [blocks]:
+        np.testing.assert_array_equal(one[one != 0], expected)
+    assert layout.num_weights == expected.size
     for spec, before, after in zip(layout.leaves, jax.tree.leaves(tree), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(after, before if len(spec.shape) >= 2 else -np.ones(spec.shape))
-
-
-@given(shapes=SHAPES, block_size=st.integers(1, 40))
-def test_blocks_hold_each_weight_once_and_zeros_besides(shapes, block_size):
-    tree = numbered([(2, 2), *shapes])
-    layout = wj.make_layout(tree, block_size=block_size)
-    blocks = np.asarray(layout.to_blocks(tree))
-    expected = np.concatenate([x.reshape(-1) for x in tree.values() if x.ndim >= 2])
-    np.testing.assert_array_equal(blocks[blocks != 0], expected)
-    assert layout.num_weights == expected.size
 
 
 def test_blocks_do_not_cross_leaves():

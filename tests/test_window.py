@@ -24,8 +24,20 @@ def seen_gradients(tx, steps):
     return params, jax.tree.map(lambda *g: jnp.stack(g), *rows)
 
 
-@pytest.mark.parametrize("m", [2, 3, 8])
-@pytest.mark.parametrize("examples", [1, 4])
+@partial(jax.jit, static_argnames=("build", "first_order"))
+def pruned_by(rows, params, build, mean=None, previous=None, first_order=False):
+    """What a window that holds these rows has to come to: parameters, masks, and the predicted change of the loss."""
+    fisher = build(rows)
+    scores = wj.woodtaylor_scores(params, fisher, mean) if first_order else wj.obs_scores(params, fisher)
+    masks = wj.make_masks(scores, 0.75, previous=previous)
+    updates = wj.compensate(params, masks, fisher, gradient=mean)
+    return optax.apply_updates(params, updates), masks, wj.predicted_loss_change(updates, fisher, mean)
+
+
+@pytest.mark.parametrize(
+    ("m", "examples"),
+    [pytest.param(2, 4, marks=pytest.mark.newest), (3, 1), pytest.param(8, 4, marks=pytest.mark.newest)],
+)
 def test_route_d_prunes_by_the_fisher_of_the_last_gradients(m, examples):
     """Steps 0 to 3, then the update that is due; a window that is not full counts what is in it."""
     inner, damping = optax.sgd(0.05), 1e-2
@@ -34,16 +46,13 @@ def test_route_d_prunes_by_the_fisher_of_the_last_gradients(m, examples):
     ours, state = run(wj.prune_transform(inner, schedule=ONCE, fisher=window), 4)
     params, rows = seen_gradients(inner, 4)
     last = jax.tree.map(lambda g: jnp.sqrt(examples) * g[-m:], rows)
-    fisher = build(last)
-    masks = wj.make_masks(wj.obs_scores(params, fisher), 0.75)
-    updates = wj.compensate(params, masks, fisher)
+    expected, masks, change = pruned_by(last, params, build)
     chex.assert_trees_all_equal(wj.get_masks(state), masks)
-    chex.assert_trees_all_close(ours, optax.apply_updates(params, updates), rtol=1e-3, atol=1e-4)
-    change = wj.predicted_loss_change(updates, fisher)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(wj.get_info(state).predicted_loss_change, change, rtol=1e-3)
 
 
-@pytest.mark.parametrize("m", [3, 8])
+@pytest.mark.parametrize("m", [3, pytest.param(8, marks=pytest.mark.newest)])
 def test_route_d_with_the_first_order_term(m):
     """The gradient is the plain mean of those in the window, whatever the rows of the Fisher are scaled by."""
     build = partial(wj.low_rank_fisher, damping=1.0)
@@ -52,17 +61,20 @@ def test_route_d_with_the_first_order_term(m):
     params, rows = seen_gradients(optax.sgd(0.05), 4)
     last = {"dense": {"kernel": rows["dense"]["kernel"][-m:]}, "out": rows["out"][-m:]}
     last["dense"]["bias"] = jnp.zeros_like(rows["dense"]["bias"][-m:])
-    fisher, mean = build(jax.tree.map(lambda g: 2 * g, last)), jax.tree.map(lambda g: g.mean(0), last)
-    masks = wj.make_masks(wj.woodtaylor_scores(params, fisher, mean), 0.75)
-    updates = wj.compensate(params, masks, fisher, gradient=mean)
+    doubled, mean = jax.tree.map(lambda g: 2 * g, last), jax.tree.map(lambda g: g.mean(0), last)
+    expected, masks, change = pruned_by(doubled, params, build, mean, first_order=True)
     chex.assert_trees_all_equal(wj.get_masks(state), masks)
-    chex.assert_trees_all_close(ours, optax.apply_updates(params, updates), rtol=1e-3, atol=1e-4)
-    change = wj.predicted_loss_change(updates, fisher, mean)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(wj.get_info(state).predicted_loss_change, change, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"recomputations": 2, "method": "sum"}, {"first_order": True, "scope": "leaf"}]
+    "options",
+    [
+        {},
+        pytest.param({"recomputations": 2, "method": "sum"}, marks=pytest.mark.newest),
+        pytest.param({"first_order": True, "scope": "leaf"}, marks=pytest.mark.newest),
+    ],
 )
 def test_a_refresh_from_the_recorded_window_is_route_d(options):
     window = wj.gradient_window(3, curvature=partial(wj.low_rank_fisher, damping=1.0))
@@ -78,17 +90,16 @@ def test_what_was_pruned_before_leaves_the_problem_of_a_window():
     schedule = wj.schedule_of(lambda step: 0.5 if step < 3 else 0.75, begin=1, end=3, every=2)
     inner, build = optax.sgd(0.05), partial(wj.low_rank_fisher, damping=1e-2)
     tx = wj.prune_transform(inner, schedule=schedule, fisher=wj.gradient_window(8, curvature=build))
-    params, state, rows = parameters(), tx.init(parameters()), []
+    params, state, update, rows = parameters(), tx.init(parameters()), jax.jit(tx.update), []
     for number in range(4):
         rows.append(gradient(params, number))
         before, masks = params, wj.get_masks(state)
-        updates, state = tx.update(rows[-1], state, params)
+        updates, state = update(rows[-1], state, params)
         params = optax.apply_updates(params, updates)
     stepped = jax.tree.map(lambda w, g, mask: jnp.where(mask, w - 0.05 * g, 0), before, rows[-1], masks)
-    fisher = build(wj.apply_masks(jax.tree.map(lambda *g: jnp.stack(g), *rows), masks))
-    expected = wj.make_masks(wj.obs_scores(stepped, fisher), 0.75, previous=masks)
+    alive = wj.apply_masks(jax.tree.map(lambda *g: jnp.stack(g), *rows), masks)
+    moved, expected, _ = pruned_by(alive, stepped, build, previous=masks)
     chex.assert_trees_all_equal(wj.get_masks(state), expected)
-    moved = optax.apply_updates(stepped, wj.compensate(stepped, expected, fisher))
     chex.assert_trees_all_close(params, moved, rtol=1e-3, atol=1e-4)
 
 
@@ -175,10 +186,10 @@ def test_leaves_that_a_window_does_not_keep_are_not_pruned():
 def test_grad_gives_an_element_of_a_chain_what_the_wrapper_sees():
     options = {"schedule": ONCE, "fisher": wj.gradient_window(4)}
     tx = optax.chain(optax.sgd(0.05), wj.prune_transform(**options))
-    params, state = parameters(), tx.init(parameters())
+    params, state, update = parameters(), tx.init(parameters()), jax.jit(tx.update)
     for number in range(4):
         grads = gradient(params, number)
-        updates, state = tx.update(grads, state, params, grad=grads)
+        updates, state = update(grads, state, params, grad=grads)
         params = optax.apply_updates(params, updates)
     expected, other = run(wj.prune_transform(optax.sgd(0.05), **options), 4)
     chex.assert_trees_all_equal(wj.get_masks(state), wj.get_masks(other))
