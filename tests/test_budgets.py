@@ -29,7 +29,7 @@ def costs_by_sort(scores, costs, power):
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 1000),
-    budget=st.floats(0.01, 1),
+    budget=st.floats(0.015625, 1, width=32),  # one rounding error of a double below the whole is the whole
     power=st.sampled_from([0.0, 0.3, 1.0]),
     levels=st.sampled_from([3, 1000]),
 )
