@@ -3,31 +3,30 @@
     python benchmarks/diagonals.py --data-dir DIR --seeds 0,1 --json OUT.jsonl
     python benchmarks/render.py OUT.jsonl
 
-A slim VGG with batch normalisation on 16×16 images, at initialization and with statistics of the images. Without
-`--data-dir` the images are noise. `--quick` takes a few images and up to 30 probes.
+A slim VGG at initialization, after a warm-up of its batch statistics, and ten images of each class, 16×16: of
+CIFAR-10, or of the embedded digits without `--data-dir`. `--quick` takes one image of each class and up to 30 probes.
 """
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from pai_start import load, start
 from records import Recorder, parser, pin_blas, seeds
 from rich.progress import track
 
 import woodjax as wj
-from woodjax.datasets import load_dataset
 from woodjax.typing import ApplyFn, Batch, Params
 
 PROBES = (1, 3, 10, 30, 100, 300)
 TEMPERATURES = (1.0, 200.0)
 Signs = Literal["batch", "example"]
 SIGNS: tuple[Signs, ...] = ("batch", "example")
-WIDTHS = (16, 32, 64, 64)
+EXAMPLES = 16_000  # for the warm-up
 
 
 class Network(NamedTuple):
@@ -110,59 +109,18 @@ def record_diagonals(
             record.add("hutchinson_relative_error", error, "1", **common, config={"probes": count, **kind})
 
 
-def slim_vgg(images: jax.Array, labels: jax.Array, seed: int) -> Network:
-    """Four stages of two convolutions, normalised by the statistics of these images, with max-pooling between them."""
-    rng, params, statistics, inputs = np.random.default_rng(seed), {}, {}, images.shape[-1]
-    for number, width in enumerate(np.repeat(WIDTHS, 2)):
-        bound = (9 * inputs) ** -0.5  # PyTorch's
-        params[f"conv{number}"] = {
-            "kernel": jnp.asarray(rng.uniform(-bound, bound, (3, 3, inputs, width)), jnp.float32),
-            "scale": jnp.ones(width),
-            "bias": jnp.zeros(width),
-        }
-        inputs = int(width)
-    params["last"] = {"kernel": jnp.asarray(rng.uniform(-1, 1, (inputs, 10)) * inputs**-0.5, jnp.float32)}
-
-    def forward(params: Params, x: jax.Array, statistics: Params, measure: bool) -> jax.Array:
-        for number in range(2 * len(WIDTHS)):
-            name = f"conv{number}"
-            layer = params[name]
-            x = jax.lax.conv_general_dilated(
-                x, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            if measure:
-                statistics[name] = x.mean((0, 1, 2)), x.var((0, 1, 2))
-            mean, variance = statistics[name]
-            x = jax.nn.relu((x - mean) * jax.lax.rsqrt(variance + 1e-5) * layer["scale"] + layer["bias"])
-            if number % 2 and number < 2 * len(WIDTHS) - 1:
-                x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-        return x.mean((1, 2)) @ params["last"]["kernel"]
-
-    forward(params, images, statistics, measure=True)
-    return Network(lambda p, x: forward(p, x, statistics, measure=False), params, (images, labels))
-
-
-def small_images(data_dir: Path | None, count: int, seed: int) -> tuple[jax.Array, jax.Array]:
-    """CIFAR-10 averaged down to 16×16, or noise without a folder."""
-    rng = np.random.default_rng(seed)
-    if data_dir is None:
-        images, labels = rng.standard_normal((count, 16, 16, 3)), rng.integers(0, 10, count)
-        return jnp.asarray(images, jnp.float32), jnp.asarray(labels)
-    data = load_dataset("cifar10", data_dir)
-    chosen = rng.choice(len(data.train_labels), count, replace=False)
-    images = data.train_inputs[chosen].reshape(count, 16, 2, 16, 2, 3).mean((2, 4))
-    return jnp.asarray(images), jnp.asarray(data.train_labels[chosen])
-
-
 def main() -> int:
     """Measure at initialization, one network for each seed."""
     pin_blas()
     args = parser(__doc__.splitlines()[0]).parse_args()
-    count, probes = (10, PROBES[:4]) if args.quick else (100, PROBES)
-    record = Recorder(args.json, "diagonals", "slim-vgg", "noise 16×16" if args.data_dir is None else "cifar10 16×16")
+    dataset = "digits" if args.data_dir is None else "cifar10"
+    per_class, probes = (1, PROBES[:4]) if args.quick else (10, PROBES)
+    record = Recorder(args.json, "diagonals", "vgg-slim", f"{dataset} 16×16")
+    data = load(dataset, args.data_dir, image_size=16, examples=EXAMPLES)
     for seed in seeds(args.seeds):
-        network = slim_vgg(*small_images(args.data_dir, count, seed), seed)
-        record_diagonals(record, network, seed=seed, probes=probes, microbatch_size=min(20, count), probes_at_once=2)
+        begin = start("vgg-slim", data, seed, warm=True, per_class=per_class)
+        network = Network(begin.apply_fn, begin.params, begin.batch)
+        record_diagonals(record, network, seed=seed, probes=probes, microbatch_size=10 * per_class, probes_at_once=2)
     return 0
 
 
