@@ -348,12 +348,12 @@ class Residual(nnx.Module):
 
     def __init__(self, rngs):
         self.stem, self.one, self.two = (nnx.Conv(n, 4, (3, 3), rngs=rngs) for n in (3, 4, 4))
-        self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs) for _ in range(3)])
+        self.after_stem, self.after_one, self.after_two = (nnx.BatchNorm(4, rngs=rngs) for _ in range(3))
         self.head = nnx.Linear(4, 5, rngs=rngs)
 
     def __call__(self, x):
-        x = jax.nn.relu(self.norms[0](self.stem(x)))
-        y = self.norms[2](self.two(jax.nn.relu(self.norms[1](self.one(x)))))
+        x = jax.nn.relu(self.after_stem(self.stem(x)))
+        y = self.after_two(self.two(jax.nn.relu(self.after_one(self.one(x)))))
         return self.head(jax.nn.relu(x + y).mean((1, 2)))
 
 
