@@ -275,6 +275,21 @@ def test_a_loss_made_again_is_the_same_to_jit():
     assert wj.cross_entropy(network) != wj.cross_entropy(network, temperature=2.0)
 
 
+def test_every_position_of_a_max_pooling_window_counts():
+    """A 3×3 kernel on 2×2 maps before a pooling: each corner of it is used at one position alone."""
+
+    def pooled(p, x):
+        y = jax.lax.conv_general_dilated(x, p["a"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.nn.relu(y).max((1, 2)) @ p["b"]
+
+    params = {"a": jnp.ones((3, 3, 2, 8)), "b": jnp.ones((8, 3))}
+    masks = jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
+    masks["b"] = masks["b"].at[3:].set(False)
+    found = wj.effective_masks(pooled, params, masks, jnp.ones((1, 2, 2, 2)))
+    assert found["a"][..., :3].all()
+    assert found["a"][..., 3:].sum() <= 0.02 * masks["a"][..., 3:].sum()  # up to chance
+
+
 def test_biases_are_no_path():
     params, batch = problem(4)
     params["bias"] = jnp.full(6, 3.0)

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from woodjax.at_init._selected import inputs_of, wide
 from woodjax.gradients import LossRow, check_apply
 from woodjax.tree import check_bool, check_floating, check_like, is_kernel, make_layout
 from woodjax.typing import ApplyFn, Batch, Masks, Params, Select
 
-FLOWS = 16  # random inputs: a max-pooling window lets one position of each through
+FLOWS = 16  # random inputs and
+DRAWS = 24  # random positive kernels: a max-pooling window lets one position of each through
 
 
 class CollapseReport(NamedTuple):
@@ -100,7 +101,7 @@ def effective_masks(
             that no flow reaches in the dense network, or flow that float32 does not hold (outside `jit`).
 
     Cost:
-        Four forward and backward passes of 16 inputs.
+        96 forward and backward passes of 16 inputs.
 
     References:
         Vysogorets & Kempe, Connectivity matters, 2021 (arXiv 2107.02306): effective sparsity.
@@ -123,8 +124,7 @@ def effective_masks(
     drawn = jax.tree.map(lambda x: jax.random.uniform(key, (FLOWS, *x.shape[1:]), x.dtype, 0.5, 1.5), inputs)
     everything = jax.tree.map(jnp.ones_like, masks)
     chosen = tuple(spec.selected for spec in layout.leaves)
-    reached = [_reached(LossRow(apply_fn, False), params, m, drawn, chosen=chosen) for m in (everything, masks)]
-    results = []
+    reached = [_reached(LossRow(apply_fn, False), params, m, drawn, key, chosen=chosen) for m in (everything, masks)]
     for _, held in reached:
         if not isinstance(held, jax.core.Tracer) and not bool(held):
             raise ValueError(
@@ -132,6 +132,7 @@ def effective_masks(
                 "and scales of normalisation of about one."
             )
     found = [jax.tree.leaves(tree) for tree, _ in reached]
+    results = []
     for spec, mask, dense, sparse in zip(layout.leaves, jax.tree.leaves(masks), *found, strict=True):
         if spec.selected and not isinstance(dense, jax.core.Tracer) and not bool(jnp.any(dense)):
             raise ValueError(
@@ -142,26 +143,25 @@ def effective_masks(
     return jax.tree.unflatten(layout.treedef, results)
 
 
-@partial(jax.jit, static_argnames="chosen")
 def _reached(
-    network: LossRow, params: Params, masks: Masks, inputs: Batch, *, chosen: tuple[bool, ...]
+    network: LossRow, params: Params, masks: Masks, inputs: Batch, key: Key[Array, ""], *, chosen: tuple[bool, ...]
 ) -> tuple[Masks, Bool[Array, ""]]:
-    """Which weights have flow on both sides.
+    # Which weights have flow on both sides in any draw, and whether all numbers were finite.
+    found, finite = _flow(network, params, masks, inputs, key, chosen=chosen)
+    for number in range(1, DRAWS):
+        more, held = _flow(network, params, masks, inputs, jax.random.fold_in(key, number), chosen=chosen)
+        found, finite = jax.tree.map(jnp.logical_or, found, more), finite & held
+    return found, finite
 
-    Args:
-        network: The function.
-        params: A params-tree.
-        masks: What is kept.
-        inputs: Positive.
-        chosen: Which leaves are prunable.
 
-    Returns:
-        A params-tree of bool, and whether all numbers were finite.
-    """
+@partial(jax.jit, static_argnames="chosen")
+def _flow(
+    network: LossRow, params: Params, masks: Masks, inputs: Batch, key: Key[Array, ""], *, chosen: tuple[bool, ...]
+) -> tuple[Masks, Bool[Array, ""]]:
     leaves, treedef = jax.tree.flatten(params)
     positive = [
-        _unit_flow(mask, wide(w).dtype) if ours else jnp.abs(wide(w))
-        for ours, mask, w in zip(chosen, jax.tree.leaves(masks), leaves, strict=True)
+        _unit_flow(mask, jax.random.fold_in(key, i), wide(w).dtype) if ours else jnp.abs(wide(w))
+        for i, (ours, mask, w) in enumerate(zip(chosen, jax.tree.leaves(masks), leaves, strict=True))
     ]
     tree = jax.tree.unflatten(treedef, positive)
 
@@ -174,7 +174,8 @@ def _reached(
     return jax.tree.map(lambda a, b: a != b, fed, unfed), jnp.all(jnp.stack(finite))
 
 
-def _unit_flow(mask: Array, dtype: jnp.dtype) -> Array:
+def _unit_flow(mask: Array, key: Key[Array, ""], dtype: jnp.dtype) -> Array:
     # Every output gets as much as an input has, on average: a deep sparse network neither over- nor underflows.
     outputs = mask.shape[-1] if mask.ndim > 1 else 1
-    return mask.astype(dtype) * (outputs / jnp.maximum(jnp.sum(mask, dtype=dtype), 1))
+    size = outputs / jnp.maximum(jnp.sum(mask, dtype=dtype), 1)
+    return jnp.where(mask, jax.random.uniform(key, mask.shape, dtype, 0.5, 1.5) * size, 0)
