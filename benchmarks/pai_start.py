@@ -1,6 +1,7 @@
 """Where a study of pruning at initialization starts: data, a network with its first weights, examples to score with."""
 
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,8 @@ def start(network: str, data: TrainingData, seed: int, *, warm: bool, per_class:
     rngs = nnx.Rngs(seed)
     classes = int(data.train_labels.max()) + 1 if isinstance(data, Dataset) else IMAGENET_CLASSES
     options: dict[str, Any] = {} if classes == 10 else {"classes": classes}
+    if isinstance(data, Dataset) and "image_size" in signature(NETWORKS[network]).parameters:
+        options["image_size"] = data.train_inputs.shape[1]
     model = NETWORKS[network](rngs, **options | ({} if isinstance(data, Dataset) else {"stem": "imagenet"}))
     torch_init(model, rngs)
     model.eval()
