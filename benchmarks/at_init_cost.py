@@ -52,12 +52,14 @@ def seconds(call: Callable[[], Any]) -> float:
 def main() -> int:
     """Time every criterion at every size."""
     pin_blas()
-    args = parser(__doc__.splitlines()[0]).parse_args()
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--criterion", nargs="*", default=list(wj.INIT_CRITERIA), choices=list(wj.INIT_CRITERIA))
+    args = options.parse_args()
     record = Recorder(args.json, "at_init_cost", "vgg-slim", "noise")
     key = jax.random.key(0)
     batch = jax.random.normal(key, (IMAGES, 16, 16, 3)), jnp.arange(IMAGES) % 10
     networks = [network(times) for times in (WIDTHS[:2] if args.quick else WIDTHS)]
-    for name in track(QUICK if args.quick else list(wj.INIT_CRITERIA)):
+    for name in track(QUICK if args.quick else args.criterion):
         criterion = wj.INIT_CRITERIA[name]
         sizes, times = [], []
         for apply_fn, params in networks:
