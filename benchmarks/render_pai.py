@@ -173,6 +173,8 @@ def _heat(
     low, high = np.nanmin(values), np.nanmax(values)
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
+            if np.isnan(values[i, j]):  # not measured
+                continue
             bright = values[i, j] < low + 0.6 * (high - low)
             axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if bright else "black")
 
