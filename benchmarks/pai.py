@@ -46,7 +46,7 @@ QUICK = {
     "learning_rate": 0.05,
     "decay": "cosine",
     "batch_size": 64,
-    "per_class": 5,
+    "per_class": 2,
 }
 SCORING = ("examples", "image_size", "per_class")  # options that masks depend on
 TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "decay", "augment")  # and accuracies
@@ -121,7 +121,7 @@ class Study:
         report = wj.layer_collapse_report(masks, select=begin.select)
         for path, density in report.density.items():
             self.add(cell, "density", float(density), layer=path)
-        if not self.args.network.startswith("vit"):  # layer normalisation lets no positive flow through
+        if not self.args.quick and not self.args.network.startswith("vit"):  # layer normalisation lets no positive flow through
             effective = wj.effective_masks(begin.cold_fn, begin.params, masks, begin.batch, select=begin.select)
             left = wj.layer_collapse_report(effective, select=begin.select)
             self.add(cell, "effective_sparsity", float(left.sparsity))
