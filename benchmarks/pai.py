@@ -121,7 +121,8 @@ class Study:
         report = wj.layer_collapse_report(masks, select=begin.select)
         for path, density in report.density.items():
             self.add(cell, "density", float(density), layer=path)
-        if not self.args.quick and not self.args.network.startswith("vit"):  # layer normalisation lets no positive flow through
+        # Layer normalisation lets no positive flow through.
+        if not self.args.quick and not self.args.network.startswith("vit"):
             effective = wj.effective_masks(begin.cold_fn, begin.params, masks, begin.batch, select=begin.select)
             left = wj.layer_collapse_report(effective, select=begin.select)
             self.add(cell, "effective_sparsity", float(left.sparsity))
