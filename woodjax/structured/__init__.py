@@ -1,0 +1,1 @@
+"""Structured pruning: channels, plans and networks that are really smaller."""

@@ -1,0 +1,206 @@
+"""Which indices of which axes go together: the channels of a network.
+
+A channel is what is removed as one: an output of one kernel, the scale and shift behind it, an input of the next.
+Channels that occur in the same axes of the same leaves form a group. Found by `channel_groups`; nothing here knows
+how. An axis may be a product of several factors, row by row, as the axis of a kernel behind a flattening is: a place,
+then a channel.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from woodjax.structured.matching import matched
+
+Role: TypeAlias = Literal["out", "in", "each"]
+"""What a leaf does with the channels of an axis: a kernel writes them, reads them, or all else."""
+
+Kept: TypeAlias = Mapping[str, Bool[np.ndarray, " n"]]
+"""Which channels of each group stay; groups that are left out stay whole."""
+
+ChannelScores: TypeAlias = dict[str, Float[Array, " n"]]
+"""A score for each channel of each group: low = prune first, `+inf` = never."""
+
+FIXED = -1
+
+
+class ChannelGroup(NamedTuple):
+    """Channels that occur in the same places of the same leaves."""
+
+    name: str  # of the first kernel that writes them
+    start: int  # number of its first channel
+    size: int
+    places: tuple[tuple[str, int, Role], ...]  # leaf, axis and what it does there
+
+
+class LeafChannels(NamedTuple):
+    """The channels of a leaf: for each axis its factors, for each factor a unit at every index."""
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[Int[np.ndarray, " size"], ...], ...]  # FIXED where an index always stays
+    roles: tuple[Role, ...]
+
+
+class Product(NamedTuple):
+    """Multiply-adds of a matrix product or a convolution: a number, times what stays of each of its factors."""
+
+    times: int
+    factors: tuple[Int[np.ndarray, " size"], ...]
+    leaf: str | None  # the kernel, if one operand is a leaf
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """The channels of a network, and the cost of what stays of them. Made by `channel_groups`.
+
+    Attributes:
+        groups: The groups, in the order in which the leaves have them.
+        leaves: Every leaf of the variables.
+        unions: Channels of each unit that is not one channel: it stays while one of them does. Units are numbered
+            behind the channels; there are none but with `streams="union"`.
+        products: What the multiply-adds of one call are made of.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    leaves: tuple[LeafChannels, ...]
+    unions: tuple[tuple[int, ...], ...]
+    products: tuple[Product, ...]
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        """The group of a name.
+
+        Args:
+            name: Of a group.
+
+        Returns:
+            The group.
+
+        Raises:
+            ValueError: No such group.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise ValueError(f"No group '{name}'; there are {[group.name for group in self.groups]}.")
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of all groups together."""
+        return sum(group.size for group in self.groups)
+
+    def all_kept(self) -> dict[str, Bool[np.ndarray, " n"]]:
+        """True for every channel of every group."""
+        return {group.name: np.ones(group.size, bool) for group in self.groups}
+
+    def kept_units(self, kept: Kept) -> Bool[np.ndarray, " units"]:
+        """Which units stay.
+
+        Args:
+            kept: Which channels stay.
+
+        Returns:
+            Bool for each channel and, behind them, for each union.
+
+        Raises:
+            ValueError: An unknown group; another number of channels; a group of which nothing stays.
+        """
+        channels = np.ones(self.num_channels, bool)
+        for name, mask in kept.items():
+            group, mask = self[name], np.asarray(mask)
+            if mask.shape != (group.size,) or mask.dtype != bool:
+                raise ValueError(
+                    f"kept['{name}'] is {mask.dtype}{list(mask.shape)}, expected bool[{group.size}]: True for every "
+                    "channel that stays."
+                )
+            if not mask.any():
+                raise ValueError(f"kept['{name}'] keeps nothing: a network without channels has no output. Keep one.")
+            channels[group.start : group.start + group.size] = mask
+        return np.concatenate([channels, [channels[list(union)].any() for union in self.unions]]).astype(bool)
+
+    def parameters(self, kept: Kept) -> int:
+        """Numbers that stay in all leaves, statistics included.
+
+        Args:
+            kept: Which channels stay.
+
+        Returns:
+            Their number.
+        """
+        units = self.kept_units(kept)
+        return sum(math.prod(_left(factor, units) for axis in leaf.axes for factor in axis) for leaf in self.leaves)
+
+    def macs(self, kept: Kept) -> int:
+        """Multiply-adds of one call on inputs of the size of the example: 40.6 million for a ResNet-20 and one image.
+
+        Args:
+            kept: Which channels stay.
+
+        Returns:
+            Their number, those in the padding of convolutions included.
+        """
+        units = self.kept_units(kept)
+        return sum(part.times * math.prod(_left(factor, units) for factor in part.factors) for part in self.products)
+
+    def sums(self, tree: PyTree, roles: Iterable[Role] = ("out", "in", "each")) -> ChannelScores:
+        """Add up a tree over the weights of each channel.
+
+        Args:
+            tree: A tree whose leaves are leaves of the variables, by path and shape, all of them or some: a
+                params-tree of scores for example. Other leaves are not counted.
+            roles: Of the weights that count: `"out"` those by which a kernel writes the channel, `"in"` those by
+                which one reads it, `"each"` all else (biases, normalisation).
+
+        Returns:
+            `[n]` for each group. A weight that belongs to a channel in two ways, as in a kernel from a residual
+            stream to itself, counts twice. A weight of a union counts for none.
+
+        Cost:
+            One pass over the tree.
+        """
+        total = jnp.zeros(self.num_channels)
+        for leaf, values in zip(*matched(self.leaves, tree), strict=True):
+            sizes = [len(factor) for axis in leaf.axes for factor in axis]
+            flat = jnp.reshape(values, sizes).astype(jnp.result_type(values.dtype, jnp.float32))
+            factors = [(factor, leaf.roles[i]) for i, axis in enumerate(leaf.axes) for factor in axis]
+            for place, (factor, role) in enumerate(factors):
+                own = (factor >= 0) & (factor < self.num_channels)
+                if role in roles and own.any():
+                    each = jnp.sum(flat, axis=[i for i in range(flat.ndim) if i != place])
+                    total = total.astype(each.dtype).at[factor[own]].add(each[own])
+        return {group.name: total[group.start : group.start + group.size] for group in self.groups}
+
+    def counts(self, tree: PyTree, roles: Iterable[Role] = ("out", "in", "each")) -> ChannelScores:
+        """Number of weights of each channel, as `sums` counts them.
+
+        Args:
+            tree: As for `sums`; shapes are enough.
+            roles: As for `sums`.
+
+        Returns:
+            `[n]` for each group.
+        """
+        return self.sums(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), tree), roles)
+
+
+def _left(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -> int:
+    return int(np.count_nonzero(stays(factor, units)))
+
+
+def stays(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -> Bool[np.ndarray, " size"]:
+    """Which indices of a factor stay.
+
+    Args:
+        factor: The unit at every index, or FIXED.
+        units: Which units stay.
+
+    Returns:
+        Bool for each index.
+    """
+    return np.append(units, True)[factor]  # FIXED is the last

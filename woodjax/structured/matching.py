@@ -1,0 +1,82 @@
+"""Which leaf of a tree is which leaf of the variables: by the end of its path."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import jax
+from jaxtyping import PyTree
+
+from woodjax.tree import path_name
+
+
+class Described(Protocol):
+    """A description of a leaf."""
+
+    path: Any
+    shape: Any
+
+
+Description = TypeVar("Description", bound=Described)
+
+
+def match(described: Sequence[Description], tree: PyTree) -> list[tuple[Description | None, str, Any]]:
+    """Find what describes each leaf of a tree.
+
+    A leaf is the described one whose path ends its own, or ends its own after the name of a collection is taken
+    off, such as `params`. So parameters are found in variables, and moments in the state of an optimizer.
+
+    Args:
+        described: Descriptions with the paths and shapes of the variables.
+        tree: Any tree.
+
+    Returns:
+        For each leaf its description, or None, its path and the leaf itself.
+
+    Raises:
+        ValueError: A leaf of that path with another shape, unless it has one element or none.
+    """
+    known: dict[str, Description | None] = {}
+    for leaf in described:
+        known[leaf.path] = leaf
+    for leaf in described:
+        _, _, short = leaf.path.partition("/")
+        if short and short not in {other.path for other in described}:
+            known[short] = None if short in known else leaf  # two collections with one name: neither
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        parts = name.split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        one = next((known[end] for end in ends if known.get(end) is not None), None)
+        if one is not None and tuple(leaf.shape) != tuple(one.shape):
+            if getattr(leaf, "size", 0) > 1:
+                raise ValueError(
+                    f"Leaf '{name}' has shape {tuple(leaf.shape)}, expected {tuple(one.shape)} of the variables' "
+                    f"'{one.path}': pass the tree that belongs to them; a factored optimizer state must be made anew."
+                )
+            one = None
+        found.append((one, name, leaf))
+    return found
+
+
+def matched(described: Sequence[Description], tree: PyTree) -> tuple[list[Description], list[Any]]:
+    """The leaves of a tree that are described.
+
+    Args:
+        described: Descriptions with the paths and shapes of the variables.
+        tree: Any tree.
+
+    Returns:
+        The descriptions and the leaves, in the order of the tree.
+
+    Raises:
+        ValueError: As `match`; a tree without any of the leaves.
+    """
+    pairs = [(one, leaf) for one, _, leaf in match(described, tree) if one is not None]
+    if not pairs:
+        raise ValueError(
+            f"No leaf of the tree has a path of the variables, {[one.path for one in described]}: pass a tree with "
+            "the same names."
+        )
+    descriptions, leaves = zip(*pairs, strict=True)
+    return list(descriptions), list(leaves)
