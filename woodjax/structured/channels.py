@@ -72,6 +72,8 @@ class ChannelGroups:
     leaves: tuple[LeafChannels, ...]
     unions: tuple[tuple[int, ...], ...]
     products: tuple[Product, ...]
+    streams: Literal["joint", "union"] = "joint"
+    unknown: Literal["error", "barrier"] = "error"
 
     def __getitem__(self, name: str) -> ChannelGroup:
         """The group of a name.

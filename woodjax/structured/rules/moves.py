@@ -1,0 +1,242 @@
+"""Rules for primitives that take parts of axes and put them together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from woodjax.structured.axes import FREE, KEPT, ZERO, Axis, Factor, Value, filled, plain, size_of, suffixes
+from woodjax.structured.rules.rule import Counts, Rule, Spread, Wanted, as_they_are
+from woodjax.structured.solver import Solver
+
+
+def _moves(axis: Axis) -> bool:
+    """Does an axis have indices that may go?"""
+    return any(not plain(factor) or factor.units[0] != KEPT for factor in axis)
+
+
+def _pad(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    value, fill = values
+    zero = fill.constant is not None and fill.constant == 0
+    axes, wanted = [], []
+    shape = equation.outvars[0].aval.shape
+    for axis, (low, high, inside), size in zip(value.axes, equation.params["padding_config"], shape, strict=True):
+        wanted.append((axis,))
+        if (low, high, inside) == (0, 0, 0):
+            axes.append(axis)
+        elif _pads(axis, (low, high, inside), zero=zero):
+            factor = axis[0]
+            units = np.concatenate([np.full(low, ZERO), factor.units, np.full(high, ZERO)])
+            axes.append((Factor(units, factor.zero),))
+        else:
+            solver.fix(axis)
+            axes.append(filled(size, KEPT))
+    return Spread((Value(tuple(axes), None, value.example),), (tuple(wanted), ()))
+
+
+def _pads(axis: Axis, amounts: tuple[int, int, int], *, zero: bool) -> bool:
+    low, high, inside = amounts
+    units = len(axis) == 1 and bool((axis[0].units > KEPT).any())
+    return zero and units and not inside and low >= 0 and high >= 0
+
+
+def _pad_params(equation: Any, counts: Counts) -> dict[str, Any]:
+    shapes = zip(equation.params["padding_config"], equation.outvars[0].aval.shape, counts.results[0], strict=True)
+    return {"padding_config": tuple(config if full == small else (0, 0, 0) for config, full, small in shapes)}
+
+
+def _slice(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * len(starts)
+    axes, wanted = [], []
+    for axis, start, limit, stride in zip(value.axes, starts, limits, strides, strict=True):
+        taken, want = _part(solver, axis, start, limit, stride)
+        axes.append(taken)
+        wanted.append((want,))
+    return Spread((value._replace(axes=tuple(axes)),), (tuple(wanted),))
+
+
+def _part(solver: Solver, axis: Axis, start: int, limit: int, stride: int) -> tuple[Axis, Axis]:
+    """A part of an axis, and the axis with the rest of it not stored."""
+    size = size_of(axis)
+    if (start, limit, stride) == (0, size, 1):
+        return axis, axis
+    count = -(-(limit - start) // stride)
+    if not _moves(axis):
+        return filled(count, KEPT), axis
+    if len(axis) == 1 and plain(axis[0]):
+        return filled(count, FREE), axis
+    behind = suffixes(axis)[0] if len(axis) > 1 else 1
+    if stride == 1 or len(axis) == 1:
+        if start % behind == 0 and limit % behind == 0:
+            first, rest = axis[0], axis[1:]
+            at = np.arange(start // behind, limit // behind, stride)
+            taken = first._replace(units=first.units[at])
+            want = np.full(first.size, ZERO)
+            want[at] = first.units[at]
+            if len(at) == 1:
+                solver.fix((taken,))
+            return (taken, *rest) if len(at) > 1 else rest, (first._replace(units=want), *rest)
+    solver.fix(axis)
+    return filled(count, KEPT), axis
+
+
+def _slice_params(equation: Any, counts: Counts) -> dict[str, Any]:
+    found: dict[str, list[int]] = {"start_indices": [], "limit_indices": [], "strides": []}
+    shapes = zip(equation.invars[0].aval.shape, counts.operands[0], counts.results[0], strict=True)
+    strides = equation.params["strides"] or (1,) * len(counts.operands[0])
+    for i, (full, stored, left) in enumerate(shapes):
+        part = (equation.params["start_indices"][i], equation.params["limit_indices"][i], strides[i])
+        start, limit, stride = part if stored == full else (0, left, 1)
+        found["start_indices"].append(start)
+        found["limit_indices"].append(limit)
+        found["strides"].append(stride)
+    return {name: tuple(numbers) for name, numbers in found.items()}
+
+
+def _split(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    along, start, results = equation.params["axis"], 0, []
+    for size in equation.params["sizes"]:
+        taken, _ = _part(solver, value.axes[along], start, start + size, 1)
+        results.append(value._replace(axes=(*value.axes[:along], taken, *value.axes[along + 1 :])))
+        start += size
+    return Spread(tuple(results), as_they_are(values))
+
+
+def _split_params(equation: Any, counts: Counts) -> dict[str, Any]:
+    along = equation.params["axis"]
+    return {"sizes": tuple(shape[along] for shape in counts.results)}
+
+
+def _concatenate(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    along, ndim = equation.params["dimension"], len(values[0].axes)
+    axes: list[Axis] = []
+    wanted: list[list[tuple[Axis, ...]]] = [[] for _ in values]
+    for i in range(ndim):
+        given = [value.axes[i] for value in values]
+        if i == along:
+            if any(_moves(axis) for axis in given):  # zeros need not be stored
+                given = [
+                    filled(size_of(axis), ZERO) if value.constant is not None and value.constant == 0 else axis
+                    for value, axis in zip(values, given, strict=True)
+                ]
+            axes.append(_joined(solver, given))
+            own = given
+        else:
+            axes.append(tied(solver, given))
+            own = [axes[-1]] * len(values)
+        for want, axis in zip(wanted, own, strict=True):
+            want.append((axis,))
+    result = Value(tuple(axes), None, any(value.example for value in values))
+    return Spread((result,), tuple(tuple(want) for want in wanted))
+
+
+def _joined(solver: Solver, given: Sequence[Axis]) -> Axis:
+    size = sum(map(size_of, given))
+    if not any(_moves(axis) for axis in given):
+        return filled(size, KEPT)
+    behind = max((suffixes(axis)[0] for axis in given if len(axis) > 1), default=1)
+    cut = [axis if size_of(axis) % behind else solver.cut(axis, [behind]) for axis in given]
+    heads = [axis[: len(axis) - len(_behind(axis, behind))] for axis in cut]
+    if any(size_of(axis) % behind or len(head) > 1 for axis, head in zip(given, heads, strict=True)):
+        for axis in given:
+            solver.fix(axis)
+        return filled(size, KEPT)
+    parts = [_stored(head) for head in heads]
+    first = Factor(np.concatenate([part.units for part in parts]), all(part.zero for part in parts))
+    return (first, *tied(solver, [_behind(axis, behind) for axis in cut]))
+
+
+def _behind(axis: Axis, size: int) -> Axis:
+    return next(axis[i:] for i in range(len(axis) + 1) if size_of(axis[i:]) <= size)
+
+
+def tied(solver: Solver, axes: Sequence[Axis]) -> Axis:
+    """One axis of several that go together.
+
+    Args:
+        solver: Of the units.
+        axes: Of one size.
+
+    Returns:
+        Their axis; zero where removed if all are.
+    """
+    factors = []
+    for parts in zip(*solver.align(axes), strict=True):
+        units = parts[0].units
+        for part in parts[1:]:
+            units = solver.tie(units, part.units)
+        mixed = np.any([part.units == ZERO for part in parts], axis=0) & (units == FREE)
+        zero = all(part.zero and not (part.units == FREE).any() for part in parts)
+        factors.append(Factor(np.where(mixed, KEPT, units), zero))
+    return tuple(factors)
+
+
+def _stored(axis: Axis) -> Factor:
+    """One factor whose indices are all stored, but for zeros."""
+    factor = axis[0] if axis else Factor(np.zeros(1, np.int64), zero=True)
+    return Factor(np.where(factor.units == FREE, KEPT, factor.units), factor.zero)
+
+
+def _gather(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    value, indices = values
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    through = iter(numbers.offset_dims)
+    axes = [filled(size, KEPT) for size in equation.outvars[0].aval.shape]
+    for i, (axis, size) in enumerate(zip(value.axes, sizes, strict=True)):
+        to = None if i in gone else next(through)
+        if to is None or size != size_of(axis):
+            solver.fix(axis)
+        else:
+            axes[to] = axis
+    for axis in indices.axes:
+        solver.fix(axis)
+    result = Value(tuple(axes), None, value.example or indices.example)
+    return Spread((result,), as_they_are(values))
+
+
+def _dynamic_slice(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    value, sizes = values[0], equation.params["slice_sizes"]
+    axes = []
+    for axis, size in zip(value.axes, sizes, strict=True):
+        if size != size_of(axis):
+            solver.fix(axis)
+        axes.append(axis if size == size_of(axis) else filled(size, KEPT))
+    return Spread((Value(tuple(axes), None, value.example),), as_they_are(values))
+
+
+def _slice_sizes(equation: Any, counts: Counts) -> dict[str, Any]:
+    sizes, shape = equation.params["slice_sizes"], equation.invars[0].aval.shape
+    small = zip(sizes, shape, counts.operands[0], strict=True)
+    return {"slice_sizes": tuple(left if size == full else size for size, full, left in small)}
+
+
+def _update(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    value, update, *rest = values
+    axes, given = [], []
+    for i, axis in enumerate(value.axes):
+        other = update.axes[i]
+        if size_of(axis) == size_of(other):
+            axes.append(tied(solver, [axis, other]))
+            given.append((axes[-1],))
+        else:
+            solver.fix(axis)
+            solver.fix(other)
+            axes.append(filled(size_of(axis), KEPT))
+            given.append((other,))
+    wanted: list[Wanted] = [tuple((axis,) for axis in axes), tuple(given), *as_they_are(rest)]
+    return Spread((Value(tuple(axes), None, value.example or update.example),), tuple(wanted))
+
+
+RULES = {
+    "pad": Rule(_pad, _pad_params),
+    "slice": Rule(_slice, _slice_params),
+    "split": Rule(_split, _split_params),
+    "concatenate": Rule(_concatenate),
+    "gather": Rule(_gather, _slice_sizes),
+    "dynamic_slice": Rule(_dynamic_slice, _slice_sizes),
+    "dynamic_update_slice": Rule(_update),
+}

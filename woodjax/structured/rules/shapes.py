@@ -1,0 +1,165 @@
+"""Rules for primitives that rearrange or reduce axes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from woodjax.structured.axes import FREE, KEPT, Axis, Factor, Value, filled, merged, size_of
+from woodjax.structured.rules.moves import tied
+from woodjax.structured.rules.rule import Counts, Rule, Spread, as_they_are
+from woodjax.structured.solver import Solver
+
+REDUCTIONS = ("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor", "argmax", "argmin")
+SCANS = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_window")
+
+
+def _broadcast(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    shape, kept = equation.params["shape"], equation.params["broadcast_dimensions"]
+    (value, *_) = values
+    axes = [filled(size, FREE) for size in shape]
+    for axis, to in zip(value.axes, kept, strict=True):
+        if size_of(axis) == shape[to]:
+            axes[to] = axis
+    return Spread((Value(tuple(axes), value.constant, value.example),), as_they_are(values))
+
+
+def _transpose(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    axes = tuple(value.axes[i] for i in equation.params["permutation"])
+    return Spread((value._replace(axes=axes),), as_they_are(values))
+
+
+def _squeeze(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    gone = equation.params["dimensions"]
+    axes = tuple(axis for i, axis in enumerate(value.axes) if i not in gone)
+    return Spread((value._replace(axes=axes),), as_they_are(values))
+
+
+def _reshape(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value, *_) = values
+    shape = equation.outvars[0].aval.shape
+    left = list(merged(tuple(factor for axis in value.axes for factor in axis)))
+    axes: list[Axis] = []
+    for size in shape:
+        axis: list[Factor] = []
+        missing = size
+        while missing > 1:
+            factor = left.pop(0)
+            if missing % factor.size:
+                if factor.size % missing:  # the two shapes have no common cut here
+                    solver.fix(tuple(factor for given in value.axes for factor in given))
+                    return Spread((_fixed(value, shape),), as_they_are(values))
+                factor, rest = solver.cut((factor,), [factor.size // missing])
+                left.insert(0, rest)
+            axis.append(factor)
+            missing //= factor.size
+        axes.append(tuple(axis))
+    return Spread((value._replace(axes=tuple(axes)),), as_they_are(values))
+
+
+def _fixed(value: Value, shape: Sequence[int]) -> Value:
+    constant = value.constant is not None
+    return value._replace(axes=tuple(filled(size, FREE if constant else KEPT) for size in shape))
+
+
+def _iota(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    shape, along = equation.params["shape"], equation.params["dimension"]
+    axes = tuple(filled(size, KEPT if i == along else FREE) for i, size in enumerate(shape))
+    return Spread((Value(axes),), as_they_are(values))
+
+
+def _sum(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    for i in equation.params["axes"]:
+        solver.fix(tuple(factor for factor in value.axes[i] if not factor.zero))
+    return _reduced(equation, value)
+
+
+def _reduce(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    for i in equation.params["axes"]:
+        solver.fix(value.axes[i])
+    return _reduced(equation, value, keeps_zero=not equation.primitive.name.startswith("arg"))
+
+
+def _reduced(equation: Any, value: Value, *, keeps_zero: bool = True) -> Spread:
+    gone = equation.params["axes"]
+    axes = tuple(
+        tuple(factor._replace(zero=factor.zero and keeps_zero) for factor in axis)
+        for i, axis in enumerate(value.axes)
+        if i not in gone
+    )
+    return Spread((Value(axes, None, value.example),), as_they_are([value]))
+
+
+def _along(number_of: Callable[[Any], int], *, keeps_zero: bool = True) -> Rule:
+    """For primitives that mix what stands along one axis, and treat all others alike."""
+
+    def spread(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+        mixed = number_of(equation)
+        axes = []
+        for i in range(len(values[0].axes)):
+            aligned = solver.align([value.axes[i] for value in values])
+            if i == mixed:
+                for axis in aligned:
+                    solver.fix(axis)
+                axes.append(filled(equation.outvars[0].aval.shape[i], KEPT))
+                continue
+            factors = tied(solver, aligned)
+            axes.append(tuple(factor._replace(zero=factor.zero and keeps_zero) for factor in factors))
+        result = Value(tuple(axes), None, any(value.example for value in values))
+        wanted = tuple((axis,) for axis in axes)
+        return Spread((result,) * len(equation.outvars), tuple(_own(value, wanted, mixed) for value in values))
+
+    def _own(value: Value, wanted: tuple[tuple[Axis, ...], ...], mixed: int) -> tuple[tuple[Axis, ...], ...]:
+        return tuple((value.axes[i],) if i == mixed else axis for i, axis in enumerate(wanted))
+
+    return Rule(spread)
+
+
+def _window(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    value, *_ = values
+    trivial = [tuple(p) == (0, 0) for p in equation.params["padding"]]
+    for name in ("window_dimensions", "window_strides", "base_dilation", "window_dilation"):
+        trivial = [ok and n == 1 for ok, n in zip(trivial, equation.params[name], strict=True)]
+    axes = []
+    for axis, same, size in zip(value.axes, trivial, equation.outvars[0].aval.shape, strict=True):
+        if not same:
+            solver.fix(axis)
+        axes.append(axis if same else filled(size, KEPT))
+    return Spread((Value(tuple(axes), None, value.example),), as_they_are(values))
+
+
+def _reverse(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    axes = list(value.axes)
+    for i in equation.params["dimensions"]:
+        axes[i] = tuple(factor._replace(units=factor.units[::-1]) for factor in axes[i])
+    return Spread((value._replace(axes=tuple(axes)),), as_they_are(values))
+
+
+def _each(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    return Spread(tuple(values), as_they_are(values))
+
+
+def _small_shape(name: str) -> Callable[[Any, Counts], dict[str, Any]]:
+    return lambda equation, counts: {name: counts.results[0]}
+
+
+RULES = {
+    "broadcast_in_dim": Rule(_broadcast, _small_shape("shape")),
+    "reshape": Rule(_reshape, _small_shape("new_sizes")),
+    "transpose": Rule(_transpose),
+    "squeeze": Rule(_squeeze),
+    "iota": Rule(_iota),
+    "rev": Rule(_reverse),
+    "reduce_sum": Rule(_sum),
+    "sort": _along(lambda equation: equation.params["dimension"]),
+    "top_k": _along(lambda equation: len(equation.invars[0].aval.shape) - 1),
+    "optimization_barrier": Rule(_each),
+    "sharding_constraint": Rule(_each),
+    **dict.fromkeys(REDUCTIONS, Rule(_reduce)),
+    **dict.fromkeys(WINDOWS, Rule(_window)),
+    **{name: _along(lambda equation: equation.params["axis"], keeps_zero=name != "cumlogsumexp") for name in SCANS},
+}

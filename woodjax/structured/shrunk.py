@@ -1,0 +1,75 @@
+"""A network that runs on what stays of its variables, whatever its code says of widths."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from woodjax.structured.axes import KEPT, filled
+from woodjax.structured.plan import PrunePlan
+from woodjax.structured.reading import Reading, Traced, read_program, staying
+from woodjax.structured.running import Running
+from woodjax.structured.walk import Walk
+from woodjax.tree import path_name
+from woodjax.typing import ApplyFn, Batch
+
+
+@dataclass(frozen=True)
+class ShrunkNetwork:
+    """`network(variables, inputs)` on the variables that a plan leaves. Made by `shrunk_network`."""
+
+    apply_fn: ApplyFn
+    plan: PrunePlan
+
+    def __call__(self, variables: PyTree, inputs: Batch) -> Any:
+        """Run the network."""
+        paths = jax.tree_util.tree_leaves_with_path(variables)
+        plans = {plan.path: plan for plan in self.plan.leaves}
+        whole = []
+        for path, leaf in paths:
+            plan = plans.get(path_name(path))
+            if plan is None or tuple(leaf.shape) != plan.small:
+                raise ValueError(
+                    f"Leaf '{path_name(path)}' has shape {tuple(leaf.shape)}, expected "
+                    f"{None if plan is None else plan.small}: pass plan.shrink(variables)."
+                )
+            whole.append(jax.ShapeDtypeStruct(plan.shape, leaf.dtype))
+        full = jax.tree.unflatten(jax.tree.structure(variables), whole)
+        traced = Traced.of(self.apply_fn, full, inputs)
+        cuts = {}
+        for i, plan in enumerate(self.plan.leaves):
+            for k, axis in enumerate(plan.axes):
+                behind = [int(np.prod(axis.sizes[j:])) for j in range(1, len(axis.sizes))]
+                if behind:
+                    cuts[i, k] = frozenset(behind)
+        barriers = self.plan.unknown == "barrier"
+        reading = read_program(traced, union=self.plan.streams == "union", barriers=barriers, cuts=cuts)
+        running = Running(reading.solver, staying(reading.solver, self._independent(reading)))
+        walk = Walk(reading.solver, barriers=barriers, running=running)
+        arrays = [*(leaf for _, leaf in paths), *jax.tree.leaves(inputs)]
+        outputs = walk.program(traced.jaxpr, traced.consts, reading.items([jnp.asarray(a) for a in arrays]))
+        results = []
+        for item, variable in zip(outputs, traced.jaxpr.outvars, strict=True):
+            full_axes = tuple((filled(size, KEPT),) for size in variable.aval.shape)
+            results.append(running.fit(item.array, item.value, full_axes))
+        return jax.tree.unflatten(traced.result, results)
+
+    def _independent(self, reading: Reading) -> dict[int, bool]:
+        unions, found = reading.solver.unions(), {}
+        for plan, axes in zip(self.plan.leaves, reading.leaves, strict=True):
+            for axis_plan, axis in zip(plan.axes, axes, strict=True):
+                for factor, kept in zip(axis, axis_plan.kept, strict=True):
+                    roots = reading.solver.roots(factor.units)
+                    stays = np.ones(len(roots), bool) if kept is None else np.isin(np.arange(len(roots)), kept)
+                    found |= {int(r): bool(s) for r, s in zip(roots, stays, strict=True) if int(r) not in unions}
+        found[KEPT] = True
+        return found
+
+
+def shrunk_network(apply_fn: ApplyFn, plan: PrunePlan) -> ShrunkNetwork:
+    """The network on the variables that a plan leaves."""
+    return ShrunkNetwork(apply_fn, plan)

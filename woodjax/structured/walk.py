@@ -1,0 +1,221 @@
+"""Reading a program for its channels, and running it on fewer of them: one walk for both."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend import core, source_info_util
+
+from woodjax.structured.axes import FREE, KEPT, Axis, Value, filled
+from woodjax.structured.rules import RULES
+from woodjax.structured.rules.moves import tied
+from woodjax.structured.running import Running
+from woodjax.structured.solver import Solver
+
+CONSTANT_SIZE = 2**16  # largest captured array that is looked at
+
+
+class Item(NamedTuple):
+    """What is known of a value and, when the program runs, the value: what stays of it."""
+
+    value: Value
+    array: Any = None
+
+
+class Walk:
+    """A walk through a program, which may run it.
+
+    Attributes:
+        solver: Of the units.
+        barriers: Is a primitive that is not known taken to need all its channels, rather than an error?
+        running: What stays, when the program runs.
+        on_product: Called with each product, its operands and how often it runs.
+    """
+
+    def __init__(
+        self,
+        solver: Solver,
+        *,
+        barriers: bool,
+        running: Running | None = None,
+        on_product: Callable[[Any, Sequence[Value], int], None] | None = None,
+    ) -> None:
+        """Prepare a walk; see the attributes."""
+        self.solver, self.barriers, self.running = solver, barriers, running
+        self._on_product, self._times = on_product, 1
+
+    def program(self, jaxpr: Any, consts: Sequence[Any], items: Sequence[Item]) -> list[Item]:
+        """Walk through a jaxpr.
+
+        Args:
+            jaxpr: The program.
+            consts: What it captured.
+            items: Its inputs.
+
+        Returns:
+            Its outputs.
+
+        Raises:
+            ValueError: A primitive that is not known.
+        """
+        known = dict(zip(jaxpr.invars, items, strict=True))
+        known.update(zip(jaxpr.constvars, map(_captured, consts), strict=True))
+
+        def read(variable: Any) -> Item:
+            return _captured(variable.val) if isinstance(variable, core.Literal) else known[variable]
+
+        for equation in jaxpr.eqns:
+            results = self._equation(equation, [read(v) for v in equation.invars])
+            known.update(zip(equation.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(self, equation: Any, items: list[Item]) -> list[Item]:
+        name, rule = equation.primitive.name, RULES.get(equation.primitive.name)
+        if rule is not None:
+            values = [item.value for item in items]
+            spread = rule.spread(self.solver, equation, values)
+            if self._on_product is not None:
+                self._on_product(equation, values, self._times)
+            if self.running is None:
+                return [Item(value) for value in spread.results]
+            arrays = self.running.run(equation, items, spread, rule.params)
+            return [Item(value, array) for value, array in zip(spread.results, arrays, strict=True)]
+        if name == "scan":
+            return self._scan(equation, items)
+        if name == "cond":
+            return self._cond(equation, items)
+        inner = _closed_programs(equation)
+        if len(inner) == 1 and len(inner[0].jaxpr.invars) == len(items) and name != "while":
+            results = self.program(inner[0].jaxpr, inner[0].consts, items)
+            if _is_relu(equation, inner[0].jaxpr) and self.running is not None:  # whose derivative at zero is zero
+                return [Item(results[0].value, jax.nn.relu(items[0].array))]
+            return results
+        if not self.barriers:
+            raise ValueError(
+                f"Channels cannot be followed through '{name}' at {source_info_util.summarize(equation.source_info)}: "
+                "pass unknown='barrier' to keep all channels that go in, or write it otherwise."
+            )
+        return self._barrier(equation, items)
+
+    def _barrier(self, equation: Any, items: list[Item]) -> list[Item]:
+        for item in items:
+            for axis in item.value.axes:
+                self.solver.fix(axis)
+        example = any(item.value.example for item in items)
+        results = tuple(Value(_all_kept(variable), None, example) for variable in equation.outvars)
+        if self.running is None:
+            return [Item(value) for value in results]
+        given = [
+            (variable, self.running.fitted(item, Value(_all_kept(variable))))
+            for variable, item in zip(equation.invars, items, strict=True)
+            if not isinstance(variable, core.Literal)
+        ]
+        alone = core.Jaxpr((), [variable for variable, _ in given], equation.outvars, [equation])
+        arrays = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(array for _, array in given))
+        return [Item(value, array) for value, array in zip(results, arrays, strict=True)]
+
+    def _scan(self, equation: Any, items: list[Item]) -> list[Item]:
+        body, length = equation.params["jaxpr"], equation.params["length"]
+        first, last = equation.params["num_consts"], equation.params["num_consts"] + equation.params["num_carry"]
+        consts, start, stacked = items[:first], items[first:last], items[last:]
+        for item in stacked:
+            self.solver.fix(item.value.axes[0])
+        slices = [Item(item.value._replace(axes=item.value.axes[1:], constant=None)) for item in stacked]
+        quiet = Walk(self.solver, barriers=self.barriers)
+        carry = [item.value for item in start]
+        inputs = [Item(item.value) for item in consts]
+        while True:  # what a step hands to the next one
+            after = quiet.program(body.jaxpr, body.consts, [*inputs, *map(Item, carry), *slices])[: len(carry)]
+            joined = [self._either([one, other.value]) for one, other in zip(carry, after, strict=True)]
+            if all(self._alike(one, other) for one, other in zip(carry, joined, strict=True)):
+                break
+            carry = joined
+        self._times *= length
+        running, self.running = self.running, None
+        outputs = self.program(body.jaxpr, body.consts, [*inputs, *map(Item, carry), *slices])
+        self._times //= length
+        self.running = running
+        results = [*carry]
+        results += [o.value._replace(axes=(filled(length, KEPT), *o.value.axes)) for o in outputs[len(carry) :]]
+        if running is None:
+            return [Item(value) for value in results]
+
+        def step(held: Sequence[Any], parts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+            given = [*consts, *map(Item, carry, held), *map(Item, [item.value for item in slices], parts)]
+            found = self.program(body.jaxpr, body.consts, given)
+            handed = [running.fitted(item, value) for item, value in zip(found, carry, strict=False)]
+            return handed, [item.array for item in found[len(carry) :]]
+
+        begin = [running.fitted(item, value) for item, value in zip(start, carry, strict=True)]
+        options = {name: equation.params[name] for name in ("reverse", "unroll")}
+        arrays = lax.scan(step, begin, [item.array for item in stacked], length, **options)
+        return [Item(value, array) for value, array in zip(results, [*arrays[0], *arrays[1]], strict=True)]
+
+    def _cond(self, equation: Any, items: list[Item]) -> list[Item]:
+        index, *given = items
+        branches, running = equation.params["branches"], self.running
+        self.running = None
+        found = [self.program(branch.jaxpr, branch.consts, [Item(item.value) for item in given]) for branch in branches]
+        self.running = running
+        values = [self._either([item.value for item in results]) for results in zip(*found, strict=True)]
+        values = [value._replace(example=value.example or index.value.example) for value in values]
+        if running is None:
+            return [Item(value) for value in values]
+
+        def run(branch: Any) -> Callable[..., list[Any]]:
+            def call(*arrays: Any) -> list[Any]:
+                operands = [Item(item.value, array) for item, array in zip(given, arrays, strict=True)]
+                results = self.program(branch.jaxpr, branch.consts, operands)
+                return [running.fitted(item, value) for item, value in zip(results, values, strict=True)]
+
+            return call
+
+        arrays = lax.switch(index.array, [run(branch) for branch in branches], *(item.array for item in given))
+        return [Item(value, array) for value, array in zip(values, arrays, strict=True)]
+
+    def _either(self, values: Sequence[Value]) -> Value:
+        axes = tuple(tied(self.solver, axes) for axes in zip(*(value.axes for value in values), strict=True))
+        constants = {None if value.constant is None else float(value.constant) for value in values}
+        constant = values[0].constant if len(constants) == 1 else None
+        return Value(axes, constant, any(value.example for value in values))
+
+    def _alike(self, one: Value, other: Value) -> bool:
+        if (one.constant is None, one.example) != (other.constant is None, other.example):
+            return False
+        pairs = [(a, b) for axes in zip(one.axes, other.axes, strict=True) for a, b in zip(*axes, strict=False)]
+        cuts = all(len(a) == len(b) for a, b in zip(one.axes, other.axes, strict=True))
+        return cuts and all(
+            a.zero == b.zero and (self.solver.roots(a.units) == self.solver.roots(b.units)).all() for a, b in pairs
+        )
+
+
+def _all_kept(variable: Any) -> tuple[Axis, ...]:
+    return tuple(filled(size, KEPT) for size in variable.aval.shape)
+
+
+def _captured(array: Any) -> Item:
+    constant = None
+    if isinstance(array, np.ndarray | np.generic | float | int | bool) and np.size(array) <= CONSTANT_SIZE:
+        numbers = np.asarray(array)
+        if numbers.size and (numbers == numbers.flat[0]).all():
+            constant = numbers.flat[0]
+    shape = np.shape(array)
+    axes = tuple(filled(size, KEPT if constant is None else FREE) for size in shape)
+    return Item(Value(axes, constant), array)
+
+
+def _closed_programs(equation: Any) -> list[Any]:
+    found = []
+    for value in equation.params.values():
+        if isinstance(value, core.ClosedJaxpr):
+            found.append(value)
+        elif isinstance(value, core.Jaxpr):
+            found.append(core.ClosedJaxpr(value, ()))
+    return found
+
+
+def _is_relu(equation: Any, body: Any) -> bool:
+    names = [inner.params.get("name") for inner in body.eqns]
+    return equation.primitive.name == "custom_jvp_call" and names == ["relu"]
