@@ -52,8 +52,18 @@ class Product(NamedTuple):
     """Multiply-adds of a matrix product or a convolution: a number, times what stays of each of its factors."""
 
     times: int
-    factors: tuple[Int[np.ndarray, " size"], ...]
-    leaf: str | None  # the kernel, if one operand is a leaf
+    written: tuple[Int[np.ndarray, " size"], ...]  # outputs of the kernel of a convolution
+    factors: tuple[Int[np.ndarray, " size"], ...]  # all else
+    taps: int  # places of the kernel that an implant does not have: 1 where there can be none
+
+
+class ConvKernel(NamedTuple):
+    """A leaf that is the kernel of a convolution of several places, and in which an implant can stand."""
+
+    path: str
+    outputs: int  # axes
+    inputs: int
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,16 @@ class ChannelGroups:
         unions: Channels of each unit that is not one channel: it stays while one of them does. Units are numbered
             behind the channels; there are none but with `streams="union"`.
         products: What the multiply-adds of one call are made of.
+        kernels: Leaves in which implants can stand.
+        streams: Option of `channel_groups`.
+        unknown: The same.
     """
 
     groups: tuple[ChannelGroup, ...]
     leaves: tuple[LeafChannels, ...]
     unions: tuple[tuple[int, ...], ...]
     products: tuple[Product, ...]
+    kernels: tuple[ConvKernel, ...] = ()
     streams: Literal["joint", "union"] = "joint"
     unknown: Literal["error", "barrier"] = "error"
 
@@ -126,29 +140,64 @@ class ChannelGroups:
             channels[group.start : group.start + group.size] = mask
         return np.concatenate([channels, [channels[list(union)].any() for union in self.unions]]).astype(bool)
 
-    def parameters(self, kept: Kept) -> int:
+    def parameters(self, kept: Kept, implanted: Kept | None = None) -> int:
         """Numbers that stay in all leaves, statistics included.
 
         Args:
             kept: Which channels stay.
+            implanted: Which of them have implants for kernels.
 
         Returns:
             Their number.
         """
-        units = self.kept_units(kept)
-        return sum(math.prod(_left(factor, units) for axis in leaf.axes for factor in axis) for leaf in self.leaves)
+        units, implants = self.kept_units(kept), self.implanted_units(implanted)
+        kernels = {kernel.path: kernel for kernel in self.kernels}
+        total = 0
+        for leaf in self.leaves:
+            counts = [math.prod(_left(factor, units) for factor in axis) for axis in leaf.axes]
+            total += math.prod(counts)
+            if leaf.path in kernels:
+                kernel = kernels[leaf.path]
+                replaced = sum(_left(factor, units & implants, fixed=False) for factor in leaf.axes[kernel.outputs])
+                places = math.prod(counts[i] for i in kernel.places)
+                total -= replaced * counts[kernel.inputs] * (places - 1)
+        return total
 
-    def macs(self, kept: Kept) -> int:
+    def macs(self, kept: Kept, implanted: Kept | None = None) -> int:
         """Multiply-adds of one call on inputs of the size of the example: 40.6 million for a ResNet-20 and one image.
 
         Args:
             kept: Which channels stay.
+            implanted: Which of them have implants for kernels.
 
         Returns:
             Their number, those in the padding of convolutions included.
         """
-        units = self.kept_units(kept)
-        return sum(part.times * math.prod(_left(factor, units) for factor in part.factors) for part in self.products)
+        units, implants = self.kept_units(kept), self.implanted_units(implanted)
+        total = 0
+        for part in self.products:
+            whole = math.prod(_left(factor, units) for factor in part.written)
+            replaced = 0
+            if part.taps > 1:
+                replaced = sum(_left(factor, units & implants, fixed=False) for factor in part.written)
+            outputs = (whole - replaced) * part.taps + replaced
+            total += part.times // part.taps * outputs * math.prod(_left(factor, units) for factor in part.factors)
+        return total
+
+    def implanted_units(self, implanted: Kept | None) -> Bool[np.ndarray, " units"]:
+        """Which units have implants for kernels.
+
+        Args:
+            implanted: Which channels have.
+
+        Returns:
+            Bool for each channel and, behind them, False for each union.
+        """
+        channels = np.zeros(self.num_channels + len(self.unions), bool)
+        for name, mask in (implanted or {}).items():
+            group = self[name]
+            channels[group.start : group.start + group.size] = mask
+        return channels
 
     def sums(self, tree: PyTree, roles: Iterable[Role] = ("out", "in", "each")) -> ChannelScores:
         """Add up a tree over the weights of each channel.
@@ -191,8 +240,8 @@ class ChannelGroups:
         return self.sums(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), tree), roles)
 
 
-def _left(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -> int:
-    return int(np.count_nonzero(stays(factor, units)))
+def _left(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"], *, fixed: bool = True) -> int:
+    return int(np.count_nonzero(np.append(units, fixed)[factor]))  # FIXED is the last
 
 
 def stays(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -> Bool[np.ndarray, " size"]:

@@ -3,13 +3,13 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import PyTree
 
-from woodjax.structured.axes import FREE, KEPT, ZERO, Axis, Place, Value, size_of
-from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, LeafChannels, Product, Role
+from woodjax.structured.axes import KEPT, ZERO, Axis, Place, Value
+from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, ConvKernel, LeafChannels, Product, Role
 from woodjax.structured.reading import Reading, Traced, read_program
 from woodjax.structured.rules import parts_of
 from woodjax.structured.walk import Walk
@@ -43,28 +43,65 @@ def channel_groups(
     check_options(streams, unknown)
     traced = Traced.of(apply_fn, variables, inputs)
     reading = read_program(traced, union=streams == "union", barriers=unknown == "barrier")
-    products: list[tuple[int, list[Axis], tuple[int, ...]]] = []
-    roles: dict[Place, Role] = {}
+    found = _Products(reading, {}, {}, [])
+    walk = Walk(reading.solver, barriers=unknown == "barrier", on_product=found.add)
+    walk.program(traced.jaxpr, traced.consts, reading.items())
+    return replace(_assembled(reading, found), streams=streams, unknown=unknown)
 
-    def on_product(equation: Any, values: Sequence[Value], times: int) -> None:
-        if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
-            return
-        parts = parts_of(reading.solver, equation, values)
+
+class _Cost(NamedTuple):
+    times: int
+    written: Axis
+    axes: tuple[Axis, ...]
+    taps: int
+
+
+class _Products(NamedTuple):
+    """The products of a program: what leaves do in them, and what they cost."""
+
+    reading: Reading
+    roles: dict[Place, Role]
+    kernels: dict[int, ConvKernel | None]
+    costs: list[_Cost]
+
+    def add(self, equation: Any, values: Sequence[Value], times: int) -> None:
+        """Note a product that runs `times` times."""
+        parts = parts_of(self.reading.solver, equation, values)
         for axes, role in ((parts.free, "out"), (parts.summed, "in")):
             for place in (place for axis in axes for factor in axis for place in factor.places):
-                roles.setdefault(place, role)
-        half = parts.summed[: max(1, len(parts.summed) // 2)] if len(parts.summed) > 1 else parts.summed
-        kernels = {place[0] for axis in (*parts.free, *parts.summed) for factor in axis for place in factor.places}
-        products.append((times * parts.times, [*parts.spread.results[0].axes, *half], tuple(sorted(kernels))))
+                self.roles.setdefault(place, role)
+        result = parts.spread.results[0].axes
+        if equation.primitive.name == "dot_general":
+            self.costs.append(_Cost(times, (), (*result, *parts.summed[: len(parts.summed) // 2]), 1))
+            return
+        numbers = equation.params["dimension_numbers"]
+        at, kernel = numbers.out_spec[1], _kernel_of(equation, values[1], self.reading.traced.leaves)
+        taps = 1
+        if kernel is not None:
+            number, described = kernel
+            known = self.kernels.setdefault(number, described)
+            taps = parts.times if known == described else 1
+        rest = tuple(axis for i, axis in enumerate(result) if i != at)
+        self.costs.append(_Cost(times * parts.times, result[at], (*rest, *parts.summed), taps))
 
-    walk = Walk(reading.solver, barriers=unknown == "barrier", on_product=on_product)
-    walk.program(traced.jaxpr, traced.consts, reading.items())
-    return replace(_assembled(reading, roles, products), streams=streams, unknown=unknown)
+
+def _kernel_of(
+    equation: Any, kernel: Value, leaves: Sequence[tuple[str, tuple[int, ...]]]
+) -> tuple[int, ConvKernel] | None:
+    """The leaf that is the kernel of a convolution, if it is one, of several places and without groups."""
+    places = [{place for factor in axis for place in factor.places} for axis in kernel.axes]
+    holders = {leaf for found in places for leaf, _ in found}
+    outputs, inputs, *taps = equation.params["dimension_numbers"].rhs_spec
+    shape = equation.invars[1].aval.shape
+    if len(holders) != 1 or equation.params["feature_group_count"] != 1 or all(shape[i] == 1 for i in taps):
+        return None
+    (leaf,) = holders
+    same = all(found <= {(leaf, i)} for i, found in enumerate(places)) and leaves[leaf][1] == shape
+    return (leaf, ConvKernel(leaves[leaf][0], outputs, inputs, tuple(taps))) if same else None
 
 
-def _assembled(
-    reading: Reading, roles: dict[Place, Role], products: Sequence[tuple[int, list[Axis], tuple[int, ...]]]
-) -> ChannelGroups:
+def _assembled(reading: Reading, products: _Products) -> ChannelGroups:
+    roles = products.roles
     solver, unions = reading.solver, reading.solver.unions()
     occurrences: dict[int, list[Occurrence]] = defaultdict(list)
     written: dict[int, list[Occurrence]] = defaultdict(list)
@@ -109,7 +146,8 @@ def _assembled(
         for i, ((path, shape), axes) in enumerate(zip(reading.traced.leaves, reading.leaves, strict=True))
     )
     costs = []
-    for times, axes, kernels in products:
-        factors = [numbered(f.units[f.units != ZERO]) for axis in axes for f in axis]
-        costs.append(Product(times, tuple(factors), reading.traced.leaves[kernels[0]][0] if len(kernels) == 1 else None))
-    return ChannelGroups(tuple(groups), leaves, tuple(used), tuple(costs))
+    for times, written, axes, taps in products.costs:
+        outputs, rest = ([numbered(f.units[f.units != ZERO]) for f in factors] for factors in (written, sum(axes, ())))
+        costs.append(Product(times, tuple(outputs), tuple(rest), taps))
+    kernels = tuple(kernel for _, kernel in sorted(products.kernels.items()) if kernel is not None)
+    return ChannelGroups(tuple(groups), leaves, tuple(used), tuple(costs), kernels)

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
 from woodjax.structured.axes import FREE, Axis, Value, plain
+from woodjax.structured.implants import ImplantedKernel, convolve
 from woodjax.structured.rules import Counts, Spread
 from woodjax.structured.rules.rule import Wanted
 from woodjax.structured.solver import Solver
@@ -65,12 +67,37 @@ class Running:
         Returns:
             What is stored of its results.
         """
+        if any(isinstance(item.array, ImplantedKernel) for item in items):
+            return self._run_implanted(equation, items, spread, params)
         operands = [self.fit(item.array, item.value, want) for item, want in zip(items, spread.wanted, strict=True)]
         counts = Counts(
             tuple(np.shape(operand) for operand in operands), tuple(self.counts(value) for value in spread.results)
         )
         results = equation.primitive.bind(*operands, **equation.params | params(equation, counts))
         return results if equation.primitive.multiple_results else [results]
+
+    def _run_implanted(
+        self, equation: Any, items: Sequence[Any], spread: Spread, params: Callable[..., Any]
+    ) -> Sequence[Any]:
+        name = equation.primitive.name
+        if name == "conv_general_dilated" and equation.params["feature_group_count"] == 1:
+            inputs, kernel = items
+            if isinstance(kernel.array, ImplantedKernel):
+                given = self.fit(inputs.array, inputs.value, spread.wanted[0])
+                reads = equation.params["dimension_numbers"].rhs_spec[1]
+                wanted = tuple(
+                    want if i == reads else (axis,)
+                    for i, (axis, want) in enumerate(zip(kernel.value.axes, spread.wanted[1], strict=True))
+                )
+                read = kernel.array.map_outer(lambda part: self.fit(part, kernel.value, wanted))
+                return [convolve(equation, given, read)]
+        if name in ("convert_element_type", "copy", "stop_gradient", "copy_p"):
+            return [jax.tree.map(lambda part: equation.primitive.bind(part, **equation.params), items[0].array)]
+        dense = [
+            item._replace(array=item.array.dense()) if isinstance(item.array, ImplantedKernel) else item
+            for item in items
+        ]
+        return self.run(equation, dense, spread, params)
 
     def fit(self, array: Array, value: Value, wanted: Wanted) -> Array:
         """Take from an array the indices that are wanted, and put zeros where it has none.

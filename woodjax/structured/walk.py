@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 
+from woodjax.programs import PRODUCTS
 from woodjax.structured.axes import FREE, KEPT, Axis, Value, filled
 from woodjax.structured.rules import RULES
 from woodjax.structured.rules.moves import tied
@@ -76,7 +77,7 @@ class Walk:
         if rule is not None:
             values = [item.value for item in items]
             spread = rule.spread(self.solver, equation, values)
-            if self._on_product is not None:
+            if self._on_product is not None and name in PRODUCTS:
                 self._on_product(equation, values, self._times)
             if self.running is None:
                 return [Item(value) for value in spread.results]
