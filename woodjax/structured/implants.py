@@ -83,6 +83,18 @@ class ImplantedKernel:
         return replace(self, kernel=function(self.kernel), implant=function(self.implant))
 
 
+def is_implanted(node: Any) -> bool:
+    """Is a node of a tree a kernel with implants?
+
+    Args:
+        node: Of any tree.
+
+    Returns:
+        Whether it is, for `is_leaf` of JAX.
+    """
+    return isinstance(node, ImplantedKernel)
+
+
 def split_kernel(
     kernel: Float[Array, "..."], outputs: int, places: tuple[int, ...], at: tuple[int, ...]
 ) -> ImplantedKernel:

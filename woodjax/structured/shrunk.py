@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from woodjax.structured.axes import KEPT, filled
-from woodjax.structured.implants import ImplantedKernel
+from woodjax.structured.implants import is_implanted
 from woodjax.structured.plan import PrunePlan
 from woodjax.structured.reading import Reading, Traced, read_program, staying
 from woodjax.structured.running import Running
@@ -28,7 +28,7 @@ class ShrunkNetwork:
 
     def __call__(self, variables: PyTree, inputs: Batch) -> Any:
         """Run the network."""
-        paths, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_kernel)
+        paths, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_implanted)
         plans = {plan.path: plan for plan in self.plan.leaves}
         whole = []
         for path, leaf in paths:
@@ -51,7 +51,7 @@ class ShrunkNetwork:
         reading = read_program(traced, union=self.plan.streams == "union", barriers=barriers, cuts=cuts)
         running = Running(reading.solver, staying(reading.solver, self._independent(reading)))
         walk = Walk(reading.solver, barriers=barriers, running=running)
-        arrays = [a if _is_kernel(a) else jnp.asarray(a) for a in (*(a for _, a in paths), *jax.tree.leaves(inputs))]
+        arrays = [a if is_implanted(a) else jnp.asarray(a) for a in (*(a for _, a in paths), *jax.tree.leaves(inputs))]
         outputs = walk.program(traced.jaxpr, traced.consts, reading.items(arrays))
         results = []
         for item, variable in zip(outputs, traced.jaxpr.outvars, strict=True):
@@ -69,10 +69,6 @@ class ShrunkNetwork:
                     found |= {int(r): bool(s) for r, s in zip(roots, stays, strict=True) if int(r) not in unions}
         found[KEPT] = True
         return found
-
-
-def _is_kernel(node: Any) -> bool:
-    return isinstance(node, ImplantedKernel)
 
 
 def shrunk_network(apply_fn: ApplyFn, plan: PrunePlan) -> ShrunkNetwork:
