@@ -12,8 +12,11 @@ from scipy.special import erf, softmax
 
 import woodjax as wj
 from woodjax.adapters.nnx import functional
-from woodjax.models import NETWORKS, VGG, ResNet, ViT, WideResNet, torch_init
+from woodjax.models import NETWORKS, VGG, DenseNet, MobileNetV2, PreResNet, ResNet, ViT, WideResNet, torch_init
+from woodjax.models.densenet import DenseLayer, Transition
 from woodjax.models.mobilenet import SeparableBlock
+from woodjax.models.mobilenet_v2 import InvertedResidual
+from woodjax.models.preresnet import PreActivationBottleneck
 from woodjax.models.torch_layout import torch_name
 from woodjax.models.vit import EncoderBlock
 
@@ -34,9 +37,18 @@ PUBLISHED = {  # by name and classes
     ("wrn28-10", 10): 36_479_194,
     ("mobilenet-v1", 10): 3_217_226,
     ("mobilenet-v1", 1000): 4_231_976,
+    ("mobilenet-v2", 10): 2_296_922,
+    ("mobilenet-v2", 1000): 3_504_872,
+    ("densenet40", 10): 176_122,
+    ("densenet100", 10): 769_162,
     ("vit-tiny", 1000): 5_717_416,
 }
-MULTIPLY_ADDS = {("resnet18", 1000): 1.814e9, ("resnet50", 1000): 4.089e9, ("mobilenet-v1", 1000): 0.569e9}
+MULTIPLY_ADDS = {
+    ("resnet18", 1000): 1.814e9,
+    ("resnet50", 1000): 4.089e9,
+    ("mobilenet-v1", 1000): 0.569e9,
+    ("mobilenet-v2", 1000): 0.301e9,
+}
 
 
 def options(classes):
@@ -78,6 +90,9 @@ SMALL = {
     "vgg": lambda rngs: VGG((4, "M", 4), rngs=rngs),
     "resnet": lambda rngs: ResNet(1, widths=(4,), bottleneck=True, stem="imagenet", rngs=rngs),
     "wide resnet": lambda rngs: WideResNet(10, 1, rngs=rngs),
+    "preresnet": lambda rngs: PreResNet(1, widths=(4, 8), rngs=rngs),
+    "mobilenet v2": lambda rngs: MobileNetV2(((1, 4, 1, 1), (2, 4, 2, 2)), first=4, last=8, rngs=rngs),
+    "densenet": lambda rngs: DenseNet((2, 1), growth=4, rngs=rngs),
     "vit": lambda rngs: ViT(image_size=16, patch=8, width=8, depth=1, heads=2, rngs=rngs),
 }
 
@@ -107,6 +122,56 @@ def test_a_separable_block_mixes_channels_in_its_second_convolution_only():
     difference = block.conv1(x.at[..., 1].add(1.0)) - block.conv1(x)
     np.testing.assert_array_equal(jnp.any(difference != 0, axis=(0, 1, 2)), [False, True, False])
     assert block.conv2(block.conv1(x)).shape == (1, 3, 3, 5)
+
+
+def zero(layer):
+    layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+
+
+def test_a_pre_activation_block_adds_to_the_stream_itself():
+    """Neither normalisation nor ReLU is on the way of a shortcut, also where it is a projection."""
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    same, halved = (PreActivationBottleneck(3, 3 * stride, stride, rngs=nnx.Rngs(0)) for stride in (1, 2))
+    for block in (same, halved):
+        zero(block.conv3)
+    np.testing.assert_array_equal(same(x), x)
+    np.testing.assert_allclose(halved(x), x[:, ::2, ::2] @ halved.shortcut.kernel[0, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stem", "inputs", "outputs", "stride", "expansion", "layers", "residual"),
+    [
+        ("cifar", 4, 4, 1, 1, {"conv1", "conv2", "conv3"}, True),
+        ("cifar", 4, 6, 1, 2, {"conv1", "conv2", "conv3", "shortcut"}, True),
+        ("cifar", 4, 4, 2, 2, {"conv1", "conv2", "conv3"}, False),
+        ("imagenet", 4, 4, 1, 1, {"conv2", "conv3"}, True),
+        ("imagenet", 4, 6, 1, 2, {"conv1", "conv2", "conv3"}, False),
+    ],
+)
+def test_inverted_residuals(stem, inputs, outputs, stride, expansion, layers, residual):
+    """Which layers a block has in the two forms, and that its last convolution is linear."""
+    block = InvertedResidual(inputs, outputs, stride, expansion, stem, rngs=nnx.Rngs(0))
+    assert {name for name in ("conv1", "conv2", "conv3", "shortcut") if hasattr(block, name)} == layers
+    assert block.conv2.feature_group_count == expansion * inputs
+    block.eval()
+    call = nnx.jit(lambda block, x: block(x))
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, inputs))
+    y = call(block, x)
+    assert float(y.min()) < 0
+    zero(block.conv3)
+    skipped = block.shortcut(x) if hasattr(block, "shortcut") else x
+    np.testing.assert_array_equal(call(block, x), skipped if residual else jnp.zeros_like(y))
+
+
+def test_a_dense_layer_keeps_its_input_and_a_transition_halves():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 6))
+    layer, transition = DenseLayer(6, 3, rngs=nnx.Rngs(0)), Transition(6, rngs=nnx.Rngs(0))
+    y = layer(x)
+    assert y.shape == (2, 4, 4, 9)
+    np.testing.assert_array_equal(y[..., :6], x)
+    transition.eval()
+    inner = transition.conv(jax.nn.relu(transition.bn(x)))
+    np.testing.assert_allclose(transition(x), inner.reshape(2, 2, 2, 2, 2, 3).mean(axis=(2, 4)), rtol=1e-5, atol=1e-6)
 
 
 def test_an_encoder_block_is_the_paper_s():
