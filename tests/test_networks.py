@@ -11,18 +11,34 @@ from flax import nnx
 from scipy.special import erf, softmax
 
 import woodjax as wj
+from woodjax import models
 from woodjax.adapters.nnx import functional
-from woodjax.models import NETWORKS, VGG, DenseNet, MobileNetV2, PreResNet, ResNet, ViT, WideResNet, torch_init
+from woodjax.models import (
+    NETWORKS,
+    VGG,
+    DenseNet,
+    MobileNetV2,
+    PreResNet,
+    ResNet,
+    UNet,
+    ViT,
+    WideResNet,
+    gqa_nano,
+    torch_init,
+)
 from woodjax.models.densenet import DenseLayer, Transition
+from woodjax.models.grouped_query import DecoderBlock, GroupedQueryAttention
 from woodjax.models.mobilenet import SeparableBlock
 from woodjax.models.mobilenet_v2 import InvertedResidual
 from woodjax.models.preresnet import PreActivationBottleneck
 from woodjax.models.torch_layout import torch_name
+from woodjax.models.unet import Up
 from woodjax.models.vit import EncoderBlock
 
 PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
 ROW = re.compile(r"\| `([a-z0-9-]+)` \| (\d+)×\d+×(\d) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|")
 ROWS = [(found[0], *(int(n.replace(",", "")) for n in found[1:])) for found in ROW.findall(PAGE)]
+OTHER = re.compile(r"\| `(\w+_nano)` \| ([\d×]+)( tokens)? \| ([\d×]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|")
 
 PUBLISHED = {  # by name and classes
     ("vgg11-bn", 10): 9_231_114,
@@ -69,14 +85,34 @@ def test_the_table_is_true(row):
     images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     assert nnx.eval_shape(lambda model, x: model(x), model, images).shape == (1, classes)  # train mode
     model.eval()
+    assert counts(model, images) == (parameters, weights, multiply_adds)
+    assert parameters == PUBLISHED.get((name, classes), parameters)
+    assert multiply_adds == pytest.approx(MULTIPLY_ADDS.get((name, classes), multiply_adds), rel=1e-3)
+
+
+def counts(model, inputs):
     apply_fn, params = functional(model)
     leaves = jax.tree.leaves(params)
-    assert sum(leaf.size for leaf in leaves) == parameters == PUBLISHED.get((name, classes), parameters)
-    select = wj.hidden_kernels(apply_fn, params, images)
-    assert wj.make_layout(params, select=select).num_weights == weights
-    costs = jax.tree.leaves(wj.weight_macs(apply_fn, params, images))
-    assert sum(cost * leaf.size for cost, leaf in zip(costs, leaves, strict=True)) == multiply_adds
-    assert multiply_adds == pytest.approx(MULTIPLY_ADDS.get((name, classes), multiply_adds), rel=1e-3)
+    select = wj.hidden_kernels(apply_fn, params, inputs)
+    costs = jax.tree.leaves(wj.weight_macs(apply_fn, params, inputs))
+    return (
+        sum(leaf.size for leaf in leaves),
+        wj.make_layout(params, select=select).num_weights,
+        sum(cost * leaf.size for cost, leaf in zip(costs, leaves, strict=True)),
+    )
+
+
+@pytest.mark.newest
+def test_the_table_of_other_networks_is_true():
+    rows = OTHER.findall(PAGE)
+    assert {name for name, *_ in rows} == {"unet_nano", "gqa_nano"}
+    for name, inputs, tokens, logits, *numbers in rows:
+        model = nnx.eval_shape(lambda name=name: getattr(models, name)(nnx.Rngs(0)))
+        batch = jax.ShapeDtypeStruct((1, *map(int, inputs.split("×"))), jnp.int32 if tokens else jnp.float32)
+        called = nnx.eval_shape(lambda model, x: model(x), model, batch)  # train mode
+        assert called.shape == (1, *map(int, logits.split("×")))
+        model.eval()
+        assert counts(model, batch) == tuple(int(number.replace(",", "")) for number in numbers)
 
 
 def test_the_examples_of_the_page_run(capsys):
@@ -93,6 +129,7 @@ SMALL = {
     "preresnet": lambda rngs: PreResNet(1, widths=(4, 8), rngs=rngs),
     "mobilenet v2": lambda rngs: MobileNetV2(((1, 4, 1, 1), (2, 4, 2, 2)), first=4, last=8, rngs=rngs),
     "densenet": lambda rngs: DenseNet((2, 1), growth=4, rngs=rngs),
+    "u-net": lambda rngs: UNet((4, 8), rngs=rngs),
     "vit": lambda rngs: ViT(image_size=16, patch=8, width=8, depth=1, heads=2, rngs=rngs),
 }
 
@@ -105,7 +142,7 @@ def test_forward_in_both_modes(make):
     x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     stats = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
     logits = call(model, x)
-    assert logits.shape == (4, 10)
+    assert logits.shape == ((4, 16, 16, 10) if isinstance(model, UNet) else (4, 10))
     assert bool(jnp.isfinite(logits).all())
     moved = nnx.state(model, nnx.BatchStat)
     assert all(bool((a != b).any()) for a, b in zip(jax.tree.leaves(stats), jax.tree.leaves(moved), strict=True))
@@ -195,6 +232,54 @@ def test_an_encoder_block_is_the_paper_s():
     np.testing.assert_allclose(jax.jit(apply_fn.func)(*apply_fn.args, p, x), y, rtol=1e-4, atol=1e-5)
 
 
+def test_a_level_of_a_u_net_doubles_the_image_behind_the_skip():
+    """Flax does not turn the kernel of a transposed convolution, so its taps come out reversed."""
+    level = Up(3, 2, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 2, 2, 3))
+    found = level.up(x)
+    blocks = np.einsum("nhwc,abco->nhawbo", x, level.up.kernel[::-1, ::-1]).reshape(1, 4, 4, 2)
+    np.testing.assert_allclose(found, blocks, rtol=1e-5, atol=1e-6)
+    joined = []
+    level.convolutions = lambda x: joined.append(x)
+    level(x, jnp.ones((1, 4, 4, 2)))
+    np.testing.assert_array_equal(joined[0], jnp.concatenate([jnp.ones((1, 4, 4, 2)), found], axis=-1))
+
+
+def test_a_decoder_block_is_the_papers():
+    """Against the equations in float64: RMSNorm, two heads of queries to one of keys and values, causal, SwiGLU."""
+    apply_fn, params = functional(nnx.eval_shape(lambda: DecoderBlock(8, 4, 2, 3, 5, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    p = jax.tree.map(lambda leaf: 0.5 * rng.standard_normal(leaf.shape), params)
+    x = rng.standard_normal((2, 5, 8))
+    norm = lambda name, x: p[name]["scale"] * x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    y, attention = norm("norm1", x), jax.tree.map(np.asarray, p["attention"])
+    attended = np.zeros_like(x)
+    for head in range(4):
+        query = y @ attention["query"]["kernel"][:, head]
+        key, value = (y @ attention[name]["kernel"][:, head // 2] for name in ("key", "value"))
+        scores = np.where(np.tri(5, dtype=bool), query @ np.swapaxes(key, 1, 2) / np.sqrt(3), -np.inf)
+        attended += softmax(scores, axis=-1) @ value @ attention["out"]["kernel"][head]
+    x2 = x + attended
+    gate, up, down = (p["mlp"][name]["kernel"] for name in ("gate", "up", "down"))
+    y = norm("norm2", x2)
+    expected = x2 + (y @ gate / (1 + np.exp(-y @ gate)) * (y @ up)) @ down
+    p, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (p, x))
+    np.testing.assert_allclose(jax.jit(apply_fn.func)(*apply_fn.args, p, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_does_not_look_ahead():
+    model = nnx.jit(lambda rngs: gqa_nano(rngs, vocabulary=16, context=6))(nnx.Rngs(0))
+    call = nnx.jit(lambda model, x: model(x))
+    tokens = jnp.array([[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9, 9]])
+    logits = call(model, tokens)
+    np.testing.assert_allclose(logits[0, :3], logits[1, :3], rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(logits[0, 3:] - logits[1, 3:]).max(axis=1).min()) > 1e-3
+    with pytest.raises(ValueError, match="Rows of 7 tokens: this network has positions for 6"):
+        model(jnp.ones((1, 7), jnp.int32))
+    with pytest.raises(ValueError, match="heads=4, kv_heads=3"):
+        GroupedQueryAttention(8, 4, 3, 2, rngs=nnx.Rngs(0))
+
+
 class Layers(nnx.Module):
     def __init__(self, seed):
         rngs = nnx.Rngs(seed)
@@ -268,5 +353,7 @@ def test_errors():
     image = jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32)
     with pytest.raises(ValueError, match="multiples of 16"):
         nnx.eval_shape(lambda model, x: model(x), abstract["vgg-slim"], image)
+    with pytest.raises(ValueError, match="do not divide by the 2 max-pools"):
+        nnx.eval_shape(lambda x: UNet((2, 2, 2), rngs=nnx.Rngs(0))(x), jnp.ones((1, 8, 6, 3)))
     with pytest.raises(ValueError, match="positions for 32×32"):
         nnx.eval_shape(lambda model, x: model(x), abstract["vit-nano"], image)
