@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from flax import nnx
 
-from woodjax.models.densenet import DenseNet, densenet40, densenet100
+from woodjax.models.densenet import DenseNet, densenet40
 from woodjax.models.grouped_query import Decoder, gqa_nano
 from woodjax.models.initialization import torch_init
 from woodjax.models.mlp import MLP, digits_mlp, lenet_300_100, mlpnet
@@ -19,7 +19,6 @@ from woodjax.models.vit import ViT, vit_nano, vit_tiny
 from woodjax.models.wide_resnet import WideResNet, wrn16_8, wrn28_10
 
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
-    "densenet100": densenet100,
     "densenet40": densenet40,
     "digits-mlp": digits_mlp,
     "lenet-300-100": lenet_300_100,
@@ -57,7 +56,6 @@ __all__ = [
     "ViT",
     "WideResNet",
     "densenet40",
-    "densenet100",
     "digits_mlp",
     "gqa_nano",
     "lenet_300_100",

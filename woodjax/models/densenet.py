@@ -96,25 +96,10 @@ def densenet40(rngs: nnx.Rngs, *, classes: int = 10) -> DenseNet:
         classes: Number of logits.
 
     Returns:
-        Three blocks of six layers, compression 0.5, no dropout, NHWC inputs.
+        Three blocks of six layers, compression 0.5, no dropout, NHWC inputs. `DenseNet((16, 16, 16), rngs=rngs)` is the
+        one of depth 100 with 769,162 parameters.
 
     References:
-        Huang et al. 2016 (arXiv 1608.06993), section 3; the count is that of pytorchcv.
+        Huang et al. 2016 (arXiv 1608.06993), section 3; the counts are those of pytorchcv.
     """
     return DenseNet((6, 6, 6), classes=classes, rngs=rngs)
-
-
-def densenet100(rngs: nnx.Rngs, *, classes: int = 10) -> DenseNet:
-    """DenseNet-BC of depth 100 and growth 12 for CIFAR: 769,162 parameters with 10 classes.
-
-    Args:
-        rngs: Random numbers for the initial weights.
-        classes: Number of logits.
-
-    Returns:
-        Three blocks of sixteen layers, compression 0.5, no dropout, NHWC inputs.
-
-    References:
-        Huang et al. 2016 (arXiv 1608.06993), section 3 and table 2 (0.8 M); the count is that of pytorchcv.
-    """
-    return DenseNet((16, 16, 16), classes=classes, rngs=rngs)
