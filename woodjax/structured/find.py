@@ -75,7 +75,7 @@ class _Products(NamedTuple):
             self.costs.append(_Cost(times, (), (*result, *parts.summed[: len(parts.summed) // 2]), 1))
             return
         numbers = equation.params["dimension_numbers"]
-        at, kernel = numbers.out_spec[1], _kernel_of(equation, values[1], self.reading.traced.leaves)
+        at, kernel = numbers.out_spec[1], kernel_of(equation, values[1], self.reading.traced.leaves)
         taps = 1
         if kernel is not None:
             number, described = kernel
@@ -85,10 +85,19 @@ class _Products(NamedTuple):
         self.costs.append(_Cost(times * parts.times, result[at], (*rest, *parts.summed), taps))
 
 
-def _kernel_of(
+def kernel_of(
     equation: Any, kernel: Value, leaves: Sequence[tuple[str, tuple[int, ...]]]
 ) -> tuple[int, ConvKernel] | None:
-    """The leaf that is the kernel of a convolution, if it is one, of several places and without groups."""
+    """The leaf that is the kernel of a convolution, if it is one, of several places and without groups.
+
+    Args:
+        equation: The convolution.
+        kernel: What is known of its second operand.
+        leaves: Paths and shapes of all leaves.
+
+    Returns:
+        Number and description of the leaf, or None.
+    """
     places = [{place for factor in axis for place in factor.places} for axis in kernel.axes]
     holders = {leaf for found in places for leaf, _ in found}
     outputs, inputs, *taps = equation.params["dimension_numbers"].rhs_spec

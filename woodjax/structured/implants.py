@@ -117,6 +117,25 @@ def split_kernel(
     return ImplantedKernel(jnp.take(kernel, rest, outputs), implant, None, outputs, places, tuple(at))
 
 
+def centre_padding(equation: Any) -> tuple[tuple[int, int], ...]:
+    """Padding with which a kernel of one place reads what the centre of the whole one reads.
+
+    Args:
+        equation: The convolution of the network.
+
+    Returns:
+        Low and high, negative where the input is cut.
+    """
+    params, shape = equation.params, equation.invars[1].aval.shape
+    found = []
+    for (low, high), axis, dilation in zip(
+        params["padding"], params["dimension_numbers"].rhs_spec[2:], params["rhs_dilation"], strict=True
+    ):
+        before = dilation * ((shape[axis] - 1) // 2)
+        found.append((low - before, high - (dilation * (shape[axis] - 1) - before)))
+    return tuple(found)
+
+
 def convolve(equation: Any, inputs: Array, kernel: ImplantedKernel) -> Array:
     """A convolution with a kernel that has implants.
 
@@ -133,14 +152,7 @@ def convolve(equation: Any, inputs: Array, kernel: ImplantedKernel) -> Array:
     numbers = params["dimension_numbers"]
     full = convolution(inputs, kernel.kernel, **params)
     if kernel.mix is None:
-        padding = []
-        for (low, high), axis, dilation in zip(
-            params["padding"], numbers.rhs_spec[2:], params["rhs_dilation"], strict=True
-        ):
-            size = kernel.kernel.shape[axis]
-            before = dilation * ((size - 1) // 2)
-            padding.append((low - before, high - (dilation * (size - 1) - before)))
-        parts = [full, convolution(inputs, kernel.implant, **params | {"padding": tuple(padding)})]
+        parts = [full, convolution(inputs, kernel.implant, **params | {"padding": centre_padding(equation)})]
     else:
         inner = convolution(inputs, kernel.implant, **params)
         ones = (1,) * len(numbers.rhs_spec[2:])
