@@ -16,7 +16,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kernel", "implant", "mix"], meta_fields=["outputs", "places", "at"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["kernel", "implant", "mix"], meta_fields=["outputs", "places", "at"]
+)
 @dataclass(frozen=True)
 class ImplantedKernel:
     """The kernel of a convolution with implants for some of its outputs. Made by `PrunePlan.shrink`.

@@ -13,8 +13,15 @@ from woodjax.tree import path_name
 class Described(Protocol):
     """A description of a leaf."""
 
-    path: Any
-    shape: Any
+    @property
+    def path(self) -> str:
+        """Names joined by `/`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        ...
 
 
 Description = TypeVar("Description", bound=Described)

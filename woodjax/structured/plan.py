@@ -14,6 +14,7 @@ from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, Kept
 from woodjax.structured.find import Streams, Unknown
 from woodjax.structured.implants import ImplantedKernel, is_implanted, split_kernel
 from woodjax.structured.matching import match
+
 VERSION = 1
 
 
@@ -32,7 +33,6 @@ class AxisPlan(NamedTuple):
             mask = np.ones(size, bool) if kept is None else np.isin(np.arange(size), kept)
             masks = np.logical_and.outer(masks, mask).reshape(-1)
         return np.flatnonzero(masks)
-
 
     def then(self, later: "AxisPlan") -> "AxisPlan":
         """This, and then what is left of that."""
@@ -146,11 +146,35 @@ class PrunePlan:
         return {group.name: np.array(group.kept, int) for group in self.groups}
 
     def shrink(self, tree: PyTree) -> PyTree:
-        """Take what stays out of a tree: variables, masks, or the state of an optimizer."""
+        """Take what stays out of a tree: variables, masks, or the state of an optimizer.
+
+        Args:
+            tree: A tree with leaves of the variables, found by the ends of their paths, and any others. Kernels with
+                implants become `ImplantedKernel`, which starts with the centres of the replaced kernels.
+
+        Returns:
+            The tree with smaller leaves; leaves that are not of the network as they are.
+
+        Raises:
+            ValueError: A leaf of the network with another shape.
+
+        Cost:
+            One gather for each leaf.
+        """
         return self._mapped(lambda plan, value: value if plan is None else plan.shrink(value), tree)
 
     def expand(self, tree: PyTree) -> PyTree:
-        """Put what stayed back where it was, with zeros for what went."""
+        """Put what stayed back where it was, with zeros for what went.
+
+        Args:
+            tree: A tree that `shrink` returned, trained since or not.
+
+        Returns:
+            The tree for the whole network, which gives the same output.
+
+        Raises:
+            ValueError: A leaf of the network with another shape.
+        """
         small = [leaf._replace(shape=leaf.small) for leaf in self.leaves]
         whole = dict(zip(small, self.leaves, strict=True))
         pairs, structure = match(small, tree), jax.tree.structure(tree, is_leaf=is_implanted)
@@ -158,17 +182,38 @@ class PrunePlan:
         return jax.tree.unflatten(structure, results)
 
     def masks(self, tree: PyTree) -> PyTree:
-        """Full-shape masks of a tree: True = stays, True on leaves that are not of the network."""
+        """Full-shape masks of a tree: the network that has them is the one that `shrink` makes smaller.
+
+        Args:
+            tree: As for `shrink`.
+
+        Returns:
+            Bool trees, True = stays, True on leaves that are not of the network. Of a kernel with implants, their
+            centres stay.
+
+        Raises:
+            ValueError: A leaf of the network with another shape.
+        """
         return self._mapped(
             lambda plan, value: jnp.ones(jnp.shape(value), bool) if plan is None else jnp.asarray(plan.mask()), tree
         )
 
     def then(self, later: "PrunePlan") -> "PrunePlan":
-        """One plan for two: this one, and one for the network that it leaves."""
+        """One plan for two: this one, and one for the network that it leaves.
+
+        Args:
+            later: Made of `shrink_groups(groups, self)`.
+
+        Returns:
+            The plan that leaves the same.
+
+        Raises:
+            ValueError: Implants in this plan; a later plan that is not for the network that it leaves.
+        """
         if self.implanted:
             raise ValueError("The first plan has implants: a network with implants is not pruned further.")
         if [leaf.small for leaf in self.leaves] != [leaf.shape for leaf in later.leaves]:
-            raise ValueError("The later plan is not one for the network that this one leaves: make it of groups.shrink.")
+            raise ValueError("The later plan is not for the network that this one leaves: make it of shrink_groups.")
         leaves = [
             two._replace(shape=one.shape, axes=tuple(a.then(b) for a, b in zip(one.axes, two.axes, strict=True)))
             for one, two in zip(self.leaves, later.leaves, strict=True)
@@ -183,25 +228,37 @@ class PrunePlan:
         return any(leaf.implants is not None for leaf in self.leaves)
 
     def to_json(self) -> str:
-        """Write the plan as text."""
-        return json.dumps(
-            {
-                "version": VERSION,
-                "streams": self.streams,
-                "unknown": self.unknown,
-                "groups": [group._asdict() for group in self.groups],
-                "leaves": [
-                    leaf._asdict()
-                    | {"axes": [axis._asdict() for axis in leaf.axes]}
-                    | {"implants": None if leaf.implants is None else leaf.implants._asdict()}
-                    for leaf in self.leaves
-                ],
-            }
-        )
+        """Write the plan as text.
+
+        Returns:
+            JSON, which `from_json` reads.
+        """
+        return json.dumps({
+            "version": VERSION,
+            "streams": self.streams,
+            "unknown": self.unknown,
+            "groups": [group._asdict() for group in self.groups],
+            "leaves": [
+                leaf._asdict()
+                | {"axes": [axis._asdict() for axis in leaf.axes]}
+                | {"implants": None if leaf.implants is None else leaf.implants._asdict()}
+                for leaf in self.leaves
+            ],
+        })
 
     @classmethod
     def from_json(cls, text: str) -> "PrunePlan":
-        """Read a plan that `to_json` wrote."""
+        """Read a plan that `to_json` wrote.
+
+        Args:
+            text: JSON.
+
+        Returns:
+            The plan, equal to the one that was written.
+
+        Raises:
+            ValueError: Text that is no plan, or one of another version.
+        """
         try:
             found = json.loads(text)
             if found["version"] != VERSION:
@@ -236,8 +293,36 @@ def _indices(masks: Kept, group: ChannelGroup, default: bool) -> tuple[int, ...]
 
 
 def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) -> PrunePlan:
-    """Plan what stays of every leaf, from what stays of every group."""
+    """Plan what stays of every leaf, from what stays of every group.
+
+    Args:
+        groups: Of the network.
+        kept: Bool `[n]` for each group, True = stays; groups that are left out stay whole.
+        implanted: Which of the channels that stay have implants in the stead of k×k kernels: all convolutions of
+            several places that write them, but those with groups.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: An unknown group; another number of channels; a group of which nothing stays; an implant for a
+            channel that goes.
+
+    Cost:
+        None on the device.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, woodjax as wj
+        >>> variables = {"hidden": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
+        >>> apply_fn = lambda v, x: jnp.tanh(x @ v["hidden"]) @ v["head"]
+        >>> groups = wj.channel_groups(apply_fn, variables, jnp.ones((1, 3)))
+        >>> plan = wj.make_plan(groups, {"hidden": np.array([True, False, False, True])})
+        >>> {name: leaf.shape for name, leaf in plan.shrink(variables).items()}
+        {'head': (2, 2), 'hidden': (3, 2)}
+    """
     units, implants = groups.kept_units(kept), groups.implanted_units(implanted)
+    if (implants & ~units).any():
+        raise ValueError("implanted has channels that do not stay in kept: an implant stands for a channel that stays.")
     kernels = {kernel.path: kernel for kernel in groups.kernels}
     leaves = []
     for leaf in groups.leaves:

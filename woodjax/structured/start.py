@@ -1,5 +1,6 @@
 """What implants start from: zero, the centre of the kernel, or a fit to what they replace."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,7 +45,50 @@ def start_implants(
     ridge: float = 1e-6,
     microbatch_size: int = 128,
 ) -> PyTree:
-    """Shrink the variables, and give implants their first weights."""
+    """Shrink the variables, and give implants their first weights.
+
+    `W = argmin Σ ‖y − Wᵀx‖² + ridge · mean(diag XᵀX) · ‖W‖²`, over all places of all examples: `y` is what the kernel
+    that is replaced wrote in the whole network, `x` what it read at its centre, of the channels that stay.
+
+    Args:
+        apply_fn: The network.
+        variables: Of the whole network, trained.
+        plan: With implants.
+        inputs: Examples, stacked along the first axis.
+        start: `"least-squares"`, or what it is compared with: `"centre"`, the centre of the replaced kernel, and
+            `"zero"`, as the authors have it.
+        rank: Implants of full places and this rank, in the stead of one place: `rank` outputs that all implants of a
+            kernel are mixed from, the directions in which the response is largest. At most as many as there are
+            implants.
+        ridge: Relative weight of the penalty.
+        microbatch_size: Examples in work at once.
+
+    Returns:
+        What the plan leaves of the variables.
+
+    Raises:
+        ValueError: An unknown start; a rank below one.
+
+    Cost:
+        A forward pass over the examples, and `i² + io + o²` numbers and `2n(i² + io + o²)` flops for each kernel with
+        implants, of `i` inputs, `o` implants and `n` places.
+
+    References:
+        Yu et al., HAP, 2021 (arXiv 2101.08940), section 3.3, where implants start from zero.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, woodjax as wj
+        >>> def apply_fn(v, x):
+        ...     x = jax.lax.conv(x, v["first"], (1, 1), "SAME")
+        ...     return jnp.einsum("nchw,co->no", jnp.tanh(x), v["head"])
+        >>> variables = {"first": jnp.ones((4, 2, 3, 3)), "head": jnp.ones((4, 2))}
+        >>> groups = wj.channel_groups(apply_fn, variables, jnp.ones((1, 2, 5, 5)))
+        >>> stays, replaced = np.array([True, True, True, False]), np.array([False, True, False, False])
+        >>> plan = wj.make_plan(groups, {"first": stays}, {"first": replaced})
+        >>> small = wj.start_implants(apply_fn, variables, plan, jnp.ones((6, 2, 5, 5)))
+        >>> small["first"].kernel.shape, small["first"].implant.shape
+        ((2, 2, 3, 3), (1, 2, 1, 1))
+    """
     if start not in ("least-squares", "centre", "zero"):
         raise ValueError(f"start is {start!r}: choose 'least-squares', 'centre' or 'zero'.")
     if rank is not None and rank < 1:
@@ -59,7 +103,8 @@ def start_implants(
     total: dict[str, Moments] = {}
     step = jax.jit(partial(_moments, apply_fn, plan))
     for first in range(0, count, microbatch_size):
-        part = step(variables, jax.tree.map(lambda x: x[first : first + microbatch_size], inputs))
+        here = slice(first, first + microbatch_size)
+        part = step(variables, jax.tree.map(operator.itemgetter(here), inputs))
         total = part if not total else jax.tree.map(jnp.add, total, part)
 
     def fitted(path: Sequence[Any], leaf: Any) -> Any:
@@ -67,8 +112,10 @@ def start_implants(
         if not is_implanted(leaf):
             return leaf
         kernel = _array(variables, name)
-        return _fitted(leaf, leaves[name], total[name], ridge) if rank is None else _factored(
-            leaf, leaves[name], total[name], kernel, rank
+        return (
+            _fitted(leaf, leaves[name], total[name], ridge)
+            if rank is None
+            else _factored(leaf, leaves[name], total[name], kernel, rank)
         )
 
     return jax.tree_util.tree_map_with_path(fitted, small, is_leaf=is_implanted)
