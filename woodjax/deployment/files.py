@@ -38,7 +38,6 @@ DTYPES = {
     "F8_E5M2": jnp.float8_e5m2,
     "F32": jnp.float32,
     "F64": np.float64,
-    "C64": jnp.complex64,
 }
 
 
@@ -55,12 +54,13 @@ def save_arrays(path: str | PathLike[str], tree: PyTree, *, metadata: Mapping[st
 
     Raises:
         ImportError: No safetensors.
+        OSError: No such folder, or no space in it.
         ValueError: No leaf; a tree that is one array; two leaves of one name, one below another, or one named
             `__metadata__`; a traced leaf, a typed random key, a dtype that the format does not have; metadata that JSON
             cannot hold.
 
     Cost:
-        A copy of the arrays on the host; the file has their bytes and about 100 for each leaf.
+        Two copies of the arrays on the host; the file has their bytes and about 100 for each leaf.
 
     References:
         The safetensors format, https://huggingface.co/docs/safetensors: a JSON header and raw little-endian arrays.
@@ -74,7 +74,7 @@ def save_arrays(path: str | PathLike[str], tree: PyTree, *, metadata: Mapping[st
         ((2, 3), 'bfloat16', {'width': 3})
     """
     _safetensors()
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     arrays = {name: to_host(name, leaf) for name, leaf in named_leaves(tree).items()}
     if not arrays or "" in arrays:
@@ -96,9 +96,10 @@ def save_arrays(path: str | PathLike[str], tree: PyTree, *, metadata: Mapping[st
     path = Path(path)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        save_file(arrays, part, metadata=header)
-        with part.open("rb+") as written:
-            os.fsync(written.fileno())
+        with part.open("xb") as file:  # not save_file, which lets none but the owner read
+            file.write(save(arrays, metadata=header))
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
