@@ -58,6 +58,22 @@ from woodjax.curvature import (
     row_fisher,
     streamed_fisher,
 )
+from woodjax.deployment import (
+    Measurement,
+    Measurements,
+    PackedNM,
+    export_stablehlo,
+    from_bcoo,
+    load_arrays,
+    load_masks,
+    load_stablehlo,
+    measure,
+    pack_nm,
+    save_arrays,
+    save_masks,
+    to_bcoo,
+    unpack_nm,
+)
 from woodjax.exact_obs import ExactObsInfo, exact_obs
 from woodjax.gradients import all_class_gradients, per_example_gradients, sample_labels, sampled_label_gradients
 from woodjax.groups import expand_group_masks, group_scores, pattern_masks
@@ -93,7 +109,7 @@ from woodjax.linalg import (
     woodbury_scan_rank_k,
 )
 from woodjax.losses import cross_entropy
-from woodjax.macs import weight_macs
+from woodjax.macs import count_macs, weight_macs
 from woodjax.mask_search import SearchInfo, search_masks
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
@@ -180,7 +196,10 @@ __all__ = [
     "LayerInputHessian",
     "Layout",
     "LowRankFisher",
+    "Measurement",
+    "Measurements",
     "OneShotInfo",
+    "PackedNM",
     "Pattern",
     "PrunePlan",
     "PruneState",
@@ -211,6 +230,7 @@ __all__ = [
     "column_sweep",
     "compensate",
     "contract",
+    "count_macs",
     "cross_entropy",
     "cubic_schedule",
     "diagonal_curvature",
@@ -224,10 +244,12 @@ __all__ = [
     "exact_obs",
     "expand_group_masks",
     "exponential_schedule",
+    "export_stablehlo",
     "find_state",
     "fisher_inverse",
     "fisher_obs_scores",
     "fisher_scores",
+    "from_bcoo",
     "gauss_newton_diagonal",
     "gauss_newton_scores",
     "get_info",
@@ -252,6 +274,9 @@ __all__ = [
     "layer_collapse_report",
     "layer_input_hessian",
     "linear_schedule",
+    "load_arrays",
+    "load_masks",
+    "load_stablehlo",
     "low_rank_fisher",
     "magnitude_scores",
     "make_layout",
@@ -260,10 +285,12 @@ __all__ = [
     "mask_sparsity",
     "masks_from_params",
     "mean_gradient",
+    "measure",
     "nonfinite_scores",
     "obd_scores",
     "obs_scores",
     "one_shot_schedule",
+    "pack_nm",
     "path_name",
     "pattern_masks",
     "per_example_gradients",
@@ -281,6 +308,8 @@ __all__ = [
     "row_fisher",
     "sample_labels",
     "sampled_label_gradients",
+    "save_arrays",
+    "save_masks",
     "schedule_of",
     "search_masks",
     "select_channels",
@@ -296,6 +325,8 @@ __all__ = [
     "stream_gradients",
     "streamed_fisher",
     "synflow_scores",
+    "to_bcoo",
+    "unpack_nm",
     "warm_up_batch_stats",
     "weight_macs",
     "whiten",
