@@ -5,6 +5,7 @@ of factors, row by row; `()` is an axis of size one. Of a factor it is known whe
 are removed: only then may it be summed over.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -65,6 +66,18 @@ def filled(size: int, unit: int) -> Axis:
         The axis; without factors if its size is one.
     """
     return (Factor(np.full(size, unit), zero=True),) if size != 1 else ()
+
+
+def kept_axes(shape: Sequence[int]) -> tuple[Axis, ...]:
+    """Axes that always stay.
+
+    Args:
+        shape: Their sizes.
+
+    Returns:
+        The axes.
+    """
+    return tuple(filled(size, KEPT) for size in shape)
 
 
 def suffixes(axis: Axis) -> list[int]:

@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend import core, source_info_util
 
 from woodjax.programs import PRODUCTS
-from woodjax.structured.axes import FREE, KEPT, Axis, Value, filled
+from woodjax.structured.axes import FREE, KEPT, Value, filled, kept_axes
 from woodjax.structured.rules import RULES
 from woodjax.structured.rules.moves import tied
 from woodjax.structured.running import Running
@@ -105,11 +105,11 @@ class Walk:
             for axis in item.value.axes:
                 self.solver.fix(axis)
         example = any(item.value.example for item in items)
-        results = tuple(Value(_all_kept(variable), None, example) for variable in equation.outvars)
+        results = tuple(Value(kept_axes(variable.aval.shape), None, example) for variable in equation.outvars)
         if self.running is None:
             return [Item(value) for value in results]
         given = [
-            (variable, self.running.fitted(item, Value(_all_kept(variable))))
+            (variable, self.running.fitted(item, Value(kept_axes(variable.aval.shape))))
             for variable, item in zip(equation.invars, items, strict=True)
             if not isinstance(variable, core.Literal)
         ]
@@ -194,10 +194,6 @@ class Walk:
         return cuts and all(
             a.zero == b.zero and (self.solver.roots(a.units) == self.solver.roots(b.units)).all() for a, b in pairs
         )
-
-
-def _all_kept(variable: Any) -> tuple[Axis, ...]:
-    return tuple(filled(size, KEPT) for size in variable.aval.shape)
 
 
 def _captured(array: Any) -> Item:
