@@ -7,7 +7,7 @@ from woodjax.curvature.engines import Estimate, empirical_fisher, estimate
 from woodjax.curvature.kronecker_fisher import KroneckerFisher, kronecker_fisher
 from woodjax.curvature.layer_input import LayerInputHessian, layer_input_hessian
 from woodjax.curvature.low_rank_fisher import GradientRows, LowRankFisher, low_rank_fisher
-from woodjax.curvature.protocol import Curvature, GroupCurvature, predicted_loss_change
+from woodjax.curvature.protocol import CoupledCurvature, Curvature, GroupCurvature, predicted_loss_change
 from woodjax.curvature.row_fisher import RowFisher, row_fisher
 from woodjax.curvature.streamed_fisher import StreamedFisher, streamed_fisher
 from woodjax.curvature.sums import Accumulator
@@ -16,6 +16,7 @@ __all__ = [
     "Accumulator",
     "BlockFisher",
     "BlockSums",
+    "CoupledCurvature",
     "Curvature",
     "DiagonalFisher",
     "DiagonalSums",

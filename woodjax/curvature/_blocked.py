@@ -64,6 +64,39 @@ class Grouped(abc.ABC):
         jax.eval_shape(self.layout.to_blocks, target)  # checks structure and shapes
         return self._group_answers(self.costs, groups, target)
 
+    @compiled
+    def coupled_costs(self, target: Params, groups: Groups) -> Float[Array, " n"]:
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of groups whose weights are in several leaves: the `i`-th is row `i` of every leaf.
+
+        Args:
+            target: `t`, leaves `[n, q]`, `[n, 0]` where the groups have no weights.
+            groups: Indices into each flattened leaf, of the same shapes; no weight twice in one group.
+
+        Returns:
+            `[n]`, in units of the loss.
+
+        Raises:
+            ValueError: Another tree structure; groups in a leaf that is not prunable.
+
+        Cost:
+            As `group_costs`; correlations between parts are zero.
+        """
+        parts: dict[int, list[tuple[Array, Array]]] = {}
+        pairs = zip(self.layout.flatten(groups), self.layout.flatten(target), strict=True)
+        for leaf, (at, t) in enumerate(pairs):
+            if at.size and not self.layout.leaves[leaf].selected:
+                raise ValueError(f"Leaf '{self.layout.leaves[leaf].path}' is not prunable: it has no groups.")
+            if at.size:
+                part, places = self.group_places(leaf, at)
+                parts.setdefault(part, []).append((places, t))
+        total = jnp.zeros((), jnp.result_type(jnp.float32, *jax.tree.leaves(self)))
+        for part, members in parts.items():  # one after another; no correlations between parts
+            places, values = (jnp.concatenate(held, axis=1) for held in zip(*members, strict=True))
+            waiting = places + after(jnp.zeros((), total.dtype), total).astype(places.dtype)
+            costs = _stream(partial(self.costs, part), self.group_bytes, waiting, values.astype(total.dtype))
+            total = total + costs
+        return total
+
     def _group_answers(self, function: Callable[..., Array], groups: Groups, target: Params | None = None) -> Params:
         indices = self.layout.flatten(groups)
         values = [None] * len(indices) if target is None else self.layout.flatten(target)

@@ -83,6 +83,15 @@ class GroupCurvature(Curvature, Protocol):
         ...
 
 
+@runtime_checkable
+class CoupledCurvature(GroupCurvature, Protocol):
+    """A curvature that can be asked about groups with weights in several leaves: what channels need."""
+
+    def coupled_costs(self, target: Params, groups: Groups) -> Float[Array, " n"]:
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of `n` groups, each row `i` of all leaves: values and indices, `[n, q]` each."""
+        ...
+
+
 def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Params | None = None) -> Float[Array, ""]:
     """Loss change that the quadratic model predicts for an update: `ḡᵀδ + ½δᵀHδ`.
 
