@@ -14,7 +14,7 @@ from woodjax.training.evaluation import accuracy, evaluate, evaluate_model
 from woodjax.training.fit import fit, train
 from woodjax.training.loop import EpochInfo, fit_network
 from woodjax.training.optimizers import sgd_recipe
-from woodjax.training.shrunk import fit_shrunk
+from woodjax.training.shrunk import fit_shrunk, reestimate_shrunk
 
 __all__ = [
     "EpochInfo",
@@ -24,6 +24,7 @@ __all__ = [
     "fit",
     "fit_network",
     "fit_shrunk",
+    "reestimate_shrunk",
     "sgd_recipe",
     "train",
 ]

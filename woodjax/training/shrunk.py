@@ -1,6 +1,6 @@
 """Training of the network that a plan leaves of an NNX model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from woodjax.adapters.nnx import TrainFn, functional_train
+from woodjax.batch_stats import reestimate_batch_stats
 from woodjax.datasets import TrainingData
 from woodjax.structured import PrunePlan, shrunk_network
 from woodjax.training.loop import EpochInfo, fit_network
@@ -62,9 +63,7 @@ def fit_shrunk(
         >>> small["fc1"]["kernel"].shape
         (64, 16)
     """
-    model.train()
-    whole, params, rest = functional_train(model)
-    model.eval()
+    whole, params, rest = _train_mode(model)
 
     def tell(info: EpochInfo | None, params: PyTree, rest: PyTree) -> None:
         if info is not None and on_epoch is not None:
@@ -73,6 +72,41 @@ def fit_shrunk(
     forward = jax.tree_util.Partial(_Forward(plan), whole)
     parts = (_part(variables, params), _part(variables, rest))
     return _joined(*fit_network(forward, *parts, dataset, optimizer=optimizer, on_epoch=tell, **options))
+
+
+def reestimate_shrunk(model: nnx.Module, plan: PrunePlan, variables: PyTree, batches: Iterable[Batch]) -> PyTree:
+    """`woodjax.reestimate_batch_stats` of what a plan leaves of a model: before its accuracy is looked at.
+
+    Args:
+        model: The whole model, left as it is; its variables are not looked at.
+        plan: As for `fit_shrunk`.
+        variables: What the plan leaves of its variables.
+        batches: Inputs, all of the same size; large ones.
+
+    Returns:
+        The variables with batch statistics of the smaller network.
+
+    Raises:
+        ValueError: As `woodjax.reestimate_batch_stats`.
+
+    Cost:
+        A forward pass a batch, and one more.
+    """
+    whole, params, rest = _train_mode(model)
+    forward = _Forward(plan)
+
+    def update(params: PyTree, rest: PyTree, inputs: Batch) -> PyTree:
+        return forward(whole, params, rest, inputs)[1]
+
+    some, stats = _part(variables, params), _part(variables, rest)
+    return _joined(some, reestimate_batch_stats(update, some, stats, batches))
+
+
+def _train_mode(model: nnx.Module) -> tuple[TrainFn, PyTree, PyTree]:
+    model.train()
+    parts = functional_train(model)
+    model.eval()
+    return parts
 
 
 @dataclass(frozen=True)
