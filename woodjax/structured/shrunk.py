@@ -12,9 +12,10 @@ from jaxtyping import PyTree
 from woodjax.structured.axes import KEPT, Place, Value, kept_axes
 from woodjax.structured.implants import is_implanted
 from woodjax.structured.matching import match
-from woodjax.structured.plan import LeafPlan, PrunePlan
+from woodjax.structured.plan import PrunePlan
 from woodjax.structured.reading import Reading, Traced, read_program, staying
 from woodjax.structured.running import Running
+from woodjax.structured.staying import LeafPlan
 from woodjax.structured.walk import Walk
 from woodjax.typing import Batch
 
