@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Bool, PyTree
 
 from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, Kept, stays
 from woodjax.structured.find import Streams, Unknown
@@ -36,9 +36,14 @@ class PrunePlan:
     unknown: Unknown
 
     @property
-    def kept(self) -> dict[str, np.ndarray]:
-        """Indices that stay of each group."""
-        return {group.name: np.array(group.kept, int) for group in self.groups}
+    def kept(self) -> dict[str, Bool[np.ndarray, " n"]]:
+        """Which channels of each group stay."""
+        return {group.name: np.isin(np.arange(group.size), group.kept) for group in self.groups}
+
+    @property
+    def implanted(self) -> dict[str, Bool[np.ndarray, " n"]]:
+        """Which of them have implants."""
+        return {group.name: np.isin(np.arange(group.size), group.implanted) for group in self.groups}
 
     def shrink(self, tree: PyTree) -> PyTree:
         """Take what stays out of a tree: variables, masks, or the state of an optimizer.
@@ -105,7 +110,7 @@ class PrunePlan:
         Raises:
             ValueError: Implants in this plan; a later plan that is not for the network that it leaves.
         """
-        if self.implanted:
+        if self.has_implants:
             raise ValueError("The first plan has implants: a network with implants is not pruned further.")
         if [leaf.small for leaf in self.leaves] != [leaf.shape for leaf in later.leaves]:
             raise ValueError("The later plan is not for the network that this one leaves: make it of shrink_groups.")
@@ -118,7 +123,7 @@ class PrunePlan:
         return PrunePlan(tuple(groups), tuple(leaves), self.streams, self.unknown)
 
     @property
-    def implanted(self) -> bool:
+    def has_implants(self) -> bool:
         """Does any kernel have implants?"""
         return any(leaf.implants is not None for leaf in self.leaves)
 
