@@ -52,8 +52,13 @@ def check_reads(reads: ChannelGroups, params: Params) -> None:
         params: A params-tree.
 
     Raises:
-        ValueError: Naming the first group without.
+        ValueError: Naming the first group without; no groups at all.
     """
+    if not reads.groups:
+        raise ValueError(
+            "The network has no channels that can be removed. Batch statistics that the network carries hold every "
+            "channel behind them: pass channel_groups all variables, statistics among them."
+        )
     found = np.zeros(reads.num_channels, bool)
     for leaf in matched(reads.leaves, params)[0]:
         for factor in (factor for axis in leaf.axes for factor in axis):
