@@ -188,3 +188,21 @@ def reconstruction(inputs, kernel, lost, ridge):
     out = np.zeros_like(kernel)
     out[free] = np.linalg.lstsq(design, target, rcond=None)[0]
     return out
+
+
+def pack_nm(rows, kept, n, m):
+    """Mishra et al. 2021, section 3, written out group by group: values kept, and where, low bits first."""
+    width = (m - 1).bit_length()
+    values, positions = [], []
+    for row, groups in zip(rows.reshape(-1, rows.shape[-1]), kept.reshape(-1, kept.shape[-2], m), strict=True):
+        bits = ""
+        for number, group in enumerate(groups):
+            survivors = list(np.flatnonzero(group))
+            filling = [place for place in range(m) if place not in survivors]
+            for place in sorted((survivors + filling)[:n]):
+                values.append(row[number * m + place] if group[place] else row.dtype.type(0))
+                bits += f"{place:0{width}b}"[::-1]
+        bits += "0" * (-len(bits) % 8)
+        positions.append([int(bits[start : start + 8][::-1], 2) for start in range(0, len(bits), 8)])
+    lead = rows.shape[:-1]
+    return np.array(values, rows.dtype).reshape(*lead, -1), np.array(positions, np.uint8).reshape(*lead, -1)

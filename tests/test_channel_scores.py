@@ -324,14 +324,24 @@ def test_reconstruction_moves_nothing_where_nothing_goes():
         wj.reconstruct_channels(GROUPS, draw(0), {}, moments)
 
 
-def test_kernels_in_loops_or_used_twice_have_no_moments():
-    params = {"entry": jnp.ones((2, 3)), "twice": jnp.eye(3), "stack": jnp.ones((2, 3, 3)), "output": jnp.ones((3, 2))}
+def test_kernels_in_loops_used_twice_or_changed_have_no_moments():
+    params = {
+        "entry": jnp.ones((2, 3)),
+        "twice": jnp.eye(3),
+        "stack": jnp.ones((2, 3, 3)),
+        "scaled": jnp.ones((3, 3)),
+        "cast": jnp.ones((3, 3)),
+        "turned": jnp.ones((2, 3)),
+    }
 
     def apply(params, x):
         x = x @ params["entry"]
         x = x @ params["twice"] @ params["twice"]
         x, _ = lax.scan(lambda h, w: (h @ w, None), x, params["stack"])
-        return x @ params["output"]
+        x = (x @ (2 * params["scaled"])).astype(jnp.bfloat16)
+        return x @ params["cast"].astype(jnp.bfloat16) @ params["turned"].T.astype(jnp.bfloat16)
 
     groups = wj.channel_groups(apply, params, jnp.ones((1, 2)))
-    assert set(wj.input_moments(groups, apply, params, jnp.ones((4, 2))).moments) == {"output"}
+    moments = wj.input_moments(groups, apply, params, jnp.ones((4, 2))).moments
+    assert set(moments) == {"cast"}
+    assert moments["cast"].dtype == jnp.float32

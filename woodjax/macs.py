@@ -1,4 +1,4 @@
-"""What each weight costs when the network runs, read from the program of its loss.
+"""What a network costs when it runs, and each of its weights, read from its program.
 
 A kernel is found where the program multiplies by it, in `dot_general` or `conv_general_dilated`: no layer of any
 framework is named. Nothing runs on the device.
@@ -28,6 +28,8 @@ class Held(NamedTuple):
 
 Owner = Held | None
 LOOPS = ("while", "cond")  # how often they run is not in the program
+PER_DEVICE = ("shard_map", "xla_pmap")
+UNKNOWN = ("coo_dot", "csr_dot", "coo_conv", "coo_mat", "csr_mat", "ragged_dot", "attention", "pallas", "ffi_call")
 
 
 def weight_macs(function: Callable[[Params, Any], Any], params: Params, example: Example | Batch) -> Any:
@@ -68,6 +70,49 @@ def weight_macs(function: Callable[[Params, Any], Any], params: Params, example:
     totals: Counter[int] = Counter()
     _walk(program, owners, fixed, 1, totals, names)
     return jax.tree.unflatten(treedef, [totals[leaf] // max(size, 1) for leaf, size in enumerate(sizes)])
+
+
+def count_macs(apply_fn: Callable[[Params, Any], Any], variables: Any, inputs: Example | Batch) -> int:
+    """Multiply-adds of all products in one call: with weights, and of activations with each other.
+
+    Unlike `weight_macs`, which shares out those with weights, this counts the two products inside attention as well.
+    The count is that of the program: a masked network costs what the dense one does, and padding counts.
+
+    Args:
+        apply_fn: `apply_fn(variables, inputs)`.
+        variables: Any pytree; shapes are enough.
+        inputs: What the function takes, a batch of one for the figure of papers; shapes are enough.
+
+    Returns:
+        Multiply-adds of every matrix product and convolution; what is in a `scan` counts as often as it runs.
+        Factorisations, Fourier transforms and everything elementwise do not count.
+
+    Raises:
+        ValueError: A product whose number of runs is not in the program (`while`, `cond`), or whose size is not (sparse
+            and ragged products, kernels of Pallas, parts of devices under `shard_map`).
+
+    Cost:
+        One trace of the function.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> wj.count_macs(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((3, 2))}, jnp.ones((1, 3)))
+        6
+    """
+    return _count(program_of(apply_fn, variables, inputs)[0])
+
+
+def _count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        inner = [count for count in map(_count, inner_programs(equation)) if count]
+        if (inner and name in (*LOOPS, *PER_DEVICE)) or len(inner) > 1 or any(part in name for part in UNKNOWN):
+            raise ValueError(
+                f"The program has products in '{name}', and how many is not in it: count a function without it."
+            )
+        total += multiply_adds(equation) + sum(inner) * (equation.params["length"] if name == "scan" else 1)
+    return total
 
 
 def _walk(

@@ -9,6 +9,10 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float, PyTree
 
+from woodjax.adapters._nnx_variables import CHANGED, with_values
+from woodjax.adapters._nnx_variables import functional_variables as functional_variables
+from woodjax.adapters._nnx_variables import with_shapes_of as with_shapes_of
+from woodjax.adapters._nnx_variables import write_variables as write_variables
 from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
 from woodjax.losses import cross_entropy
 from woodjax.masks import Sparsity
@@ -66,14 +70,11 @@ class _Apply:
     graph: nnx.GraphDef
 
     def __call__(self, state: nnx.State, rest: nnx.State, params: Params, inputs: Array) -> Float[Array, "n classes"]:
-        merged = nnx.merge(self.graph, _with_values(state, params), rest)
+        merged = nnx.merge(self.graph, with_values(state, params), rest)
         try:
             return merged(inputs)
         except TraceContextError as error:
-            raise ValueError(
-                "The model changes a variable while it is evaluated (train-mode batch normalisation or dropout): "
-                "call model.eval() before woodjax.adapters.nnx.functional."
-            ) from error
+            raise ValueError(CHANGED) from error
 
 
 def functional_train(model: nnx.Module) -> tuple[TrainFn, Params, PyTree]:
@@ -116,7 +117,7 @@ class _Forward:
     def __call__(
         self, state: nnx.State, others: nnx.State, params: Params, rest: PyTree, inputs: Batch
     ) -> tuple[Float[Array, "n classes"], PyTree]:
-        model = nnx.merge(self.graph, _with_values(state, params), _with_values(others, rest))
+        model = nnx.merge(self.graph, with_values(state, params), with_values(others, rest))
         logits = model(inputs)
         _, _, rest = nnx.split(model, nnx.Param, ...)
         return logits, nnx.to_pure_dict(rest)
@@ -135,7 +136,7 @@ def update(model: nnx.Module, params: Params) -> None:
     Cost:
         None but the references.
     """
-    nnx.update(model, _with_values(nnx.state(model, nnx.Param), params))
+    nnx.update(model, with_values(nnx.state(model, nnx.Param), params))
 
 
 def refresh(
@@ -215,7 +216,7 @@ def set_masks(model: nnx.Module, optimizer: nnx.Optimizer, masks: Masks) -> None
         One pass over parameters and optimizer state.
     """
     params, opt_state = _values(nnx.state(model, optimizer.wrt)), _values(optimizer.opt_state)
-    state = _with_values(params, masks)
+    state = with_values(params, masks)
     nnx.update(optimizer.opt_state, nnx.state(woodjax_set_masks(opt_state, state)))
     nnx.update(model, apply_masks(params, state))
 
@@ -289,9 +290,3 @@ def _is_variable(x: Any) -> bool:
 
 def _loss_of_state(loss_fn: LossFn, state: nnx.State, example: Example) -> Float[Array, ""]:
     return loss_fn(nnx.to_pure_dict(state), example)
-
-
-def _with_values(state: nnx.State, params: Params) -> nnx.State:
-    copy = jax.tree.map(lambda x: x, state)
-    nnx.replace_by_pure_dict(copy, params)
-    return copy

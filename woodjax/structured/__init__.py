@@ -1,1 +1,51 @@
 """Structured pruning: channels, plans and networks that are really smaller."""
+
+from woodjax.structured.channels import ChannelGroup, ChannelGroups, ChannelScores
+from woodjax.structured.find import channel_groups
+from woodjax.structured.implants import ImplantedKernel
+from woodjax.structured.plan import PrunePlan, make_plan
+from woodjax.structured.reads import gate_channels
+from woodjax.structured.reconstruction import InputMoments, input_moments, reconstruct_channels
+from woodjax.structured.restrict import shrink_groups
+from woodjax.structured.scores import (
+    bn_scale_scores,
+    gate_scores,
+    hap_scores,
+    l2_channel_scores,
+    normalize_scores,
+    random_channel_scores,
+    taylor_channel_scores,
+)
+from woodjax.structured.select import Selection, select_channels
+from woodjax.structured.shrunk import ShrunkNetwork, shrunk_network
+from woodjax.structured.start import start_implants
+from woodjax.structured.surgeon import compensate_channels, obs_channel_scores
+
+__all__ = [
+    "ChannelGroup",
+    "ChannelGroups",
+    "ChannelScores",
+    "ImplantedKernel",
+    "InputMoments",
+    "PrunePlan",
+    "Selection",
+    "ShrunkNetwork",
+    "bn_scale_scores",
+    "channel_groups",
+    "compensate_channels",
+    "gate_channels",
+    "gate_scores",
+    "hap_scores",
+    "input_moments",
+    "l2_channel_scores",
+    "make_plan",
+    "normalize_scores",
+    "obs_channel_scores",
+    "random_channel_scores",
+    "reconstruct_channels",
+    "select_channels",
+    "shrink_groups",
+    "shrunk_network",
+    "start_implants",
+    "taylor_channel_scores",
+]

@@ -5,13 +5,10 @@ of factors, row by row; `()` is an axis of size one. Of a factor it is known whe
 are removed: only then may it be summed over.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 KEPT = 0  # the unit that always stays
 FREE = -1  # the value is the same all along: any number of indices will do

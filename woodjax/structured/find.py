@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -39,14 +40,65 @@ def check_options(streams: Streams, unknown: Unknown) -> None:
 def channel_groups(
     apply_fn: ApplyFn, variables: PyTree, inputs: Batch, *, streams: Streams = "joint", unknown: Unknown = "error"
 ) -> ChannelGroups:
-    """Find which axes of which leaves must be pruned together, in the program of any network."""
+    """Find which axes of which leaves must be pruned together, in the program of any network.
+
+    The program is followed from the variables to the output. What stands at one index of an axis is tied to what it
+    is added to, multiplied by or summed over with, through convolutions (depthwise and grouped), matrix products
+    (attention heads come out as channels), residual sums, concatenations, reshapes, pads, slices, normalisation and
+    `scan`. No layer of any framework and no name is looked at. Axes of the inputs and outputs are never prunable; nor
+    is an axis whose sum would change, such as one over deviations from a mean that removed channels take part in.
+
+    A network in which removed weights are zero gives the same output as the one that is really smaller: constants of
+    the program stay as they are, so layer normalisation goes on dividing by the width it was written for.
+
+    Args:
+        apply_fn: `apply_fn(variables, inputs)`, a network in eval mode.
+        variables: All arrays that shrink with the channels, batch statistics too; shapes are enough. What
+            `woodjax.adapters.nnx.functional_variables` returns, or the variables of a Linen module.
+        inputs: What the network takes; shapes are enough, and a batch of one. Costs are those of this batch.
+        streams: `"joint"`: terms of a sum keep the same channels, a residual stream is pruned as one. `"union"`: each
+            term keeps its own, and the sum what any of them keeps (HAP). Smaller networks, with a copy into place
+            before each sum.
+        unknown: What to do with a primitive that is not known: `"error"`, or `"barrier"` to keep all its channels.
+
+    Returns:
+        The groups. Every weight of a channel has one index in each axis of `group.places`.
+
+    Raises:
+        ValueError: A primitive that is not known, with the line of the source; no channel at all.
+
+    Cost:
+        A few traces of the network, and time in proportion to the equations of its program times the widths: under
+        a second for a ResNet-20. Nothing runs on the device.
+
+    References:
+        Fang et al., DepGraph, 2023 (arXiv 2301.12900), for groups by dependency, there by a table of layers; Yu et
+        al., HAP, 2021 (arXiv 2101.08940), for the union of streams.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> variables = {"hidden": jnp.ones((3, 4)), "bias": jnp.ones(4), "head": jnp.ones((4, 2))}
+        >>> apply_fn = lambda v, x: jnp.tanh(x @ v["hidden"] + v["bias"]) @ v["head"]
+        >>> groups = wj.channel_groups(apply_fn, variables, jnp.ones((1, 3)))
+        >>> [(group.name, group.size) for group in groups.groups]
+        [('hidden', 4)]
+        >>> groups["hidden"].places
+        (('bias', 0, 'each'), ('head', 0, 'in'), ('hidden', 1, 'out'))
+    """
     check_options(streams, unknown)
     traced = Traced.of(apply_fn, variables, inputs)
     reading = read_program(traced, union=streams == "union", barriers=unknown == "barrier")
     found = _Products(reading, {}, {}, [])
     walk = Walk(reading.solver, barriers=unknown == "barrier", on_product=found.add)
     walk.program(traced.jaxpr, traced.consts, reading.items())
-    return replace(_assembled(reading, found), streams=streams, unknown=unknown)
+    groups = replace(_assembled(reading, found), streams=streams, unknown=unknown)
+    if not groups.groups:
+        raise ValueError(
+            f"No channel can be removed from {[path for path, _ in traced.leaves]}: every axis is tied to an input, to "
+            "an output or to arrays that apply_fn holds itself. Pass all variables, batch statistics too, as "
+            "woodjax.adapters.nnx.functional_variables gives them."
+        )
+    return groups
 
 
 class _Cost(NamedTuple):
@@ -75,7 +127,7 @@ class _Products(NamedTuple):
             self.costs.append(_Cost(times, (), (*result, *parts.summed[: len(parts.summed) // 2]), 1))
             return
         numbers = equation.params["dimension_numbers"]
-        at, kernel = numbers.out_spec[1], _kernel_of(equation, values[1], self.reading.traced.leaves)
+        at, kernel = numbers.out_spec[1], kernel_of(equation, values[1], self.reading.traced.leaves)
         taps = 1
         if kernel is not None:
             number, described = kernel
@@ -85,10 +137,19 @@ class _Products(NamedTuple):
         self.costs.append(_Cost(times * parts.times, result[at], (*rest, *parts.summed), taps))
 
 
-def _kernel_of(
+def kernel_of(
     equation: Any, kernel: Value, leaves: Sequence[tuple[str, tuple[int, ...]]]
 ) -> tuple[int, ConvKernel] | None:
-    """The leaf that is the kernel of a convolution, if it is one, of several places and without groups."""
+    """The leaf that is the kernel of a convolution, if it is one, of several places and without groups.
+
+    Args:
+        equation: The convolution.
+        kernel: What is known of its second operand.
+        leaves: Paths and shapes of all leaves.
+
+    Returns:
+        Number and description of the leaf, or None.
+    """
     places = [{place for factor in axis for place in factor.places} for axis in kernel.axes]
     holders = {leaf for found in places for leaf, _ in found}
     outputs, inputs, *taps = equation.params["dimension_numbers"].rhs_spec
@@ -146,8 +207,11 @@ def _assembled(reading: Reading, products: _Products) -> ChannelGroups:
         for i, ((path, shape), axes) in enumerate(zip(reading.traced.leaves, reading.leaves, strict=True))
     )
     costs = []
-    for times, written, axes, taps in products.costs:
-        outputs, rest = ([numbered(f.units[f.units != ZERO]) for f in factors] for factors in (written, sum(axes, ())))
-        costs.append(Product(times, tuple(outputs), tuple(rest), taps))
+    for cost in products.costs:
+        outputs, rest = (
+            tuple(numbered(f.units[f.units != ZERO]) for f in factors)
+            for factors in (cost.written, tuple(chain.from_iterable(cost.axes)))
+        )
+        costs.append(Product(cost.times, outputs, rest, cost.taps))
     kernels = tuple(kernel for _, kernel in sorted(products.kernels.items()) if kernel is not None)
     return ChannelGroups(tuple(groups), leaves, tuple(used), tuple(costs), kernels)

@@ -16,7 +16,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kernel", "implant", "mix"], meta_fields=["outputs", "places", "at"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["kernel", "implant", "mix"], meta_fields=["outputs", "places", "at"]
+)
 @dataclass(frozen=True)
 class ImplantedKernel:
     """The kernel of a convolution with implants for some of its outputs. Made by `PrunePlan.shrink`.
@@ -83,6 +85,18 @@ class ImplantedKernel:
         return replace(self, kernel=function(self.kernel), implant=function(self.implant))
 
 
+def is_implanted(node: Any) -> bool:
+    """Is a node of a tree a kernel with implants?
+
+    Args:
+        node: Of any tree.
+
+    Returns:
+        Whether it is, for `is_leaf` of JAX.
+    """
+    return isinstance(node, ImplantedKernel)
+
+
 def split_kernel(
     kernel: Float[Array, "..."], outputs: int, places: tuple[int, ...], at: tuple[int, ...]
 ) -> ImplantedKernel:
@@ -105,6 +119,25 @@ def split_kernel(
     return ImplantedKernel(jnp.take(kernel, rest, outputs), implant, None, outputs, places, tuple(at))
 
 
+def centre_padding(equation: Any) -> tuple[tuple[int, int], ...]:
+    """Padding with which a kernel of one place reads what the centre of the whole one reads.
+
+    Args:
+        equation: The convolution of the network.
+
+    Returns:
+        Low and high, negative where the input is cut.
+    """
+    params, shape = equation.params, equation.invars[1].aval.shape
+    found = []
+    for (low, high), axis, dilation in zip(
+        params["padding"], params["dimension_numbers"].rhs_spec[2:], params["rhs_dilation"], strict=True
+    ):
+        before = dilation * ((shape[axis] - 1) // 2)
+        found.append((low - before, high - (dilation * (shape[axis] - 1) - before)))
+    return tuple(found)
+
+
 def convolve(equation: Any, inputs: Array, kernel: ImplantedKernel) -> Array:
     """A convolution with a kernel that has implants.
 
@@ -121,14 +154,7 @@ def convolve(equation: Any, inputs: Array, kernel: ImplantedKernel) -> Array:
     numbers = params["dimension_numbers"]
     full = convolution(inputs, kernel.kernel, **params)
     if kernel.mix is None:
-        padding = []
-        for (low, high), axis, dilation in zip(
-            params["padding"], numbers.rhs_spec[2:], params["rhs_dilation"], strict=True
-        ):
-            size = kernel.kernel.shape[axis]
-            before = dilation * ((size - 1) // 2)
-            padding.append((low - before, high - (dilation * (size - 1) - before)))
-        parts = [full, convolution(inputs, kernel.implant, **params | {"padding": tuple(padding)})]
+        parts = [full, convolution(inputs, kernel.implant, **params | {"padding": centre_padding(equation)})]
     else:
         inner = convolution(inputs, kernel.implant, **params)
         ones = (1,) * len(numbers.rhs_spec[2:])

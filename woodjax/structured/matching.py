@@ -6,14 +6,22 @@ from typing import Any, Protocol, TypeVar
 import jax
 from jaxtyping import PyTree
 
+from woodjax.structured.implants import is_implanted
 from woodjax.tree import path_name
 
 
 class Described(Protocol):
     """A description of a leaf."""
 
-    path: Any
-    shape: Any
+    @property
+    def path(self) -> str:
+        """Names joined by `/`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        ...
 
 
 Description = TypeVar("Description", bound=Described)
@@ -43,7 +51,7 @@ def match(described: Sequence[Description], tree: PyTree) -> list[tuple[Descript
         if short and short not in {other.path for other in described}:
             known[short] = None if short in known else leaf  # two collections with one name: neither
     found = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_implanted):
         name = path_name(path)
         parts = name.split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))

@@ -1,5 +1,6 @@
 """A plan of what stays: applied to every tree of the network alike, and written as JSON."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,8 +12,11 @@ from jaxtyping import Array, Bool, PyTree, Shaped
 
 from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, Kept, stays
 from woodjax.structured.find import Streams, Unknown
-from woodjax.structured.implants import split_kernel
+from woodjax.structured.implants import ImplantedKernel, is_implanted, split_kernel
 from woodjax.structured.matching import match
+
+VERSION = 1
+
 
 class AxisPlan(NamedTuple):
     """What stays of an axis: the product of what stays of its factors."""
@@ -29,6 +33,16 @@ class AxisPlan(NamedTuple):
             mask = np.ones(size, bool) if kept is None else np.isin(np.arange(size), kept)
             masks = np.logical_and.outer(masks, mask).reshape(-1)
         return np.flatnonzero(masks)
+
+    def then(self, later: "AxisPlan") -> "AxisPlan":
+        """This, and then what is left of that."""
+        return AxisPlan(self.sizes, tuple(map(_after, self.kept, later.kept)))
+
+
+def _after(first: tuple[int, ...] | None, later: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if first is None or later is None:
+        return first if later is None else later
+    return tuple(first[i] for i in later)
 
 
 class ImplantPlan(NamedTuple):
@@ -61,6 +75,16 @@ class LeafPlan(NamedTuple):
                 value = jnp.take(value, at, axis=i)
         return value if self.implants is None else split_kernel(value, *self.implants)
 
+    def expand(self, value: Any) -> Shaped[Array, "..."]:
+        """The whole leaf, with zeros for what went."""
+        value = value.dense() if isinstance(value, ImplantedKernel) else value
+        for i, axis in enumerate(self.axes):
+            at = axis.indices()
+            if at is not None:
+                shape = (*value.shape[:i], self.shape[i], *value.shape[i + 1 :])
+                value = jnp.zeros(shape, value.dtype).at[(slice(None),) * i + (at,)].set(value, unique_indices=True)
+        return value
+
     def mask(self) -> Bool[np.ndarray, "..."]:
         """Where the leaf stays."""
         mask = np.ones(self.shape, bool)
@@ -92,6 +116,13 @@ class GroupPlan(NamedTuple):
     kept: tuple[int, ...]
     implanted: tuple[int, ...]  # those of them whose kernels have implants
 
+    def then(self, later: "GroupPlan | None") -> "GroupPlan":
+        """This, and then what is left of that."""
+        if later is None:
+            return self
+        kept, implanted = (tuple(self.kept[i] for i in indices) for indices in (later.kept, later.implanted))
+        return self._replace(kept=kept, implanted=implanted)
+
 
 @dataclass(frozen=True)
 class PrunePlan:
@@ -115,18 +146,145 @@ class PrunePlan:
         return {group.name: np.array(group.kept, int) for group in self.groups}
 
     def shrink(self, tree: PyTree) -> PyTree:
-        """Take what stays out of a tree: variables, masks, or the state of an optimizer."""
+        """Take what stays out of a tree: variables, masks, or the state of an optimizer.
+
+        Args:
+            tree: A tree with leaves of the variables, found by the ends of their paths, and any others. Kernels with
+                implants become `ImplantedKernel`, which starts with the centres of the replaced kernels.
+
+        Returns:
+            The tree with smaller leaves; leaves that are not of the network as they are.
+
+        Raises:
+            ValueError: A leaf of the network with another shape.
+
+        Cost:
+            One gather for each leaf.
+        """
         return self._mapped(lambda plan, value: value if plan is None else plan.shrink(value), tree)
 
+    def expand(self, tree: PyTree) -> PyTree:
+        """Put what stayed back where it was, with zeros for what went.
+
+        Args:
+            tree: A tree that `shrink` returned, trained since or not.
+
+        Returns:
+            The tree for the whole network, which gives the same output.
+
+        Raises:
+            ValueError: A leaf of the network with another shape.
+        """
+        small = [leaf._replace(shape=leaf.small) for leaf in self.leaves]
+        whole = dict(zip(small, self.leaves, strict=True))
+        pairs, structure = match(small, tree), jax.tree.structure(tree, is_leaf=is_implanted)
+        results = [value if plan is None else whole[plan].expand(value) for plan, _, value in pairs]
+        return jax.tree.unflatten(structure, results)
+
     def masks(self, tree: PyTree) -> PyTree:
-        """Full-shape masks of a tree: True = stays, True on leaves that are not of the network."""
+        """Full-shape masks of a tree: the network that has them is the one that `shrink` makes smaller.
+
+        Args:
+            tree: As for `shrink`.
+
+        Returns:
+            Bool trees, True = stays, True on leaves that are not of the network. Of a kernel with implants, their
+            centres stay.
+
+        Raises:
+            ValueError: A leaf of the network with another shape.
+        """
         return self._mapped(
             lambda plan, value: jnp.ones(jnp.shape(value), bool) if plan is None else jnp.asarray(plan.mask()), tree
         )
 
+    def then(self, later: "PrunePlan") -> "PrunePlan":
+        """One plan for two: this one, and one for the network that it leaves.
+
+        Args:
+            later: Made of `shrink_groups(groups, self)`.
+
+        Returns:
+            The plan that leaves the same.
+
+        Raises:
+            ValueError: Implants in this plan; a later plan that is not for the network that it leaves.
+        """
+        if self.implanted:
+            raise ValueError("The first plan has implants: a network with implants is not pruned further.")
+        if [leaf.small for leaf in self.leaves] != [leaf.shape for leaf in later.leaves]:
+            raise ValueError("The later plan is not for the network that this one leaves: make it of shrink_groups.")
+        leaves = [
+            two._replace(shape=one.shape, axes=tuple(a.then(b) for a, b in zip(one.axes, two.axes, strict=True)))
+            for one, two in zip(self.leaves, later.leaves, strict=True)
+        ]
+        after = {group.name: group for group in later.groups}
+        groups = [group.then(after.get(group.name)) for group in self.groups]
+        return PrunePlan(tuple(groups), tuple(leaves), self.streams, self.unknown)
+
+    @property
+    def implanted(self) -> bool:
+        """Does any kernel have implants?"""
+        return any(leaf.implants is not None for leaf in self.leaves)
+
+    def to_json(self) -> str:
+        """Write the plan as text.
+
+        Returns:
+            JSON, which `from_json` reads.
+        """
+        return json.dumps({
+            "version": VERSION,
+            "streams": self.streams,
+            "unknown": self.unknown,
+            "groups": [group._asdict() for group in self.groups],
+            "leaves": [
+                leaf._asdict()
+                | {"axes": [axis._asdict() for axis in leaf.axes]}
+                | {"implants": None if leaf.implants is None else leaf.implants._asdict()}
+                for leaf in self.leaves
+            ],
+        })
+
+    @classmethod
+    def from_json(cls, text: str) -> "PrunePlan":
+        """Read a plan that `to_json` wrote.
+
+        Args:
+            text: JSON.
+
+        Returns:
+            The plan, equal to the one that was written.
+
+        Raises:
+            ValueError: Text that is no plan, or one of another version.
+        """
+        try:
+            found = json.loads(text)
+            if found["version"] != VERSION:
+                raise ValueError(f"A plan of version {found['version']}: this woodjax reads version {VERSION}.")
+            groups = tuple(GroupPlan(**_tuples(group)) for group in found["groups"])
+            leaves = tuple(_leaf_plan(leaf) for leaf in found["leaves"])
+            return cls(groups, leaves, found["streams"], found["unknown"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"No plan that PrunePlan.to_json wrote: {error!r}.") from error
+
     def _mapped(self, function: Callable[[LeafPlan | None, Any], Any], tree: PyTree) -> PyTree:
         results = [function(plan, value) for plan, _, value in match(self.leaves, tree)]
         return jax.tree.unflatten(jax.tree.structure(tree), results)
+
+
+def _tuples(found: Any) -> Any:
+    if isinstance(found, list):
+        return tuple(map(_tuples, found))
+    return {name: _tuples(value) for name, value in found.items()} if isinstance(found, dict) else found
+
+
+def _leaf_plan(found: dict[str, Any]) -> LeafPlan:
+    fields = _tuples(found)
+    implants = None if fields["implants"] is None else ImplantPlan(**fields["implants"])
+    axes = tuple(AxisPlan(**axis) for axis in fields["axes"])
+    return LeafPlan(**fields | {"axes": axes, "implants": implants})
 
 
 def _indices(masks: Kept, group: ChannelGroup, default: bool) -> tuple[int, ...]:
@@ -135,8 +293,36 @@ def _indices(masks: Kept, group: ChannelGroup, default: bool) -> tuple[int, ...]
 
 
 def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) -> PrunePlan:
-    """Plan what stays of every leaf, from what stays of every group."""
+    """Plan what stays of every leaf, from what stays of every group.
+
+    Args:
+        groups: Of the network.
+        kept: Bool `[n]` for each group, True = stays; groups that are left out stay whole.
+        implanted: Which of the channels that stay have implants in the stead of k×k kernels: all convolutions of
+            several places that write them, but those with groups.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: An unknown group; another number of channels; a group of which nothing stays; an implant for a
+            channel that goes.
+
+    Cost:
+        None on the device.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, woodjax as wj
+        >>> variables = {"hidden": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
+        >>> apply_fn = lambda v, x: jnp.tanh(x @ v["hidden"]) @ v["head"]
+        >>> groups = wj.channel_groups(apply_fn, variables, jnp.ones((1, 3)))
+        >>> plan = wj.make_plan(groups, {"hidden": np.array([True, False, False, True])})
+        >>> {name: leaf.shape for name, leaf in plan.shrink(variables).items()}
+        {'head': (2, 2), 'hidden': (3, 2)}
+    """
     units, implants = groups.kept_units(kept), groups.implanted_units(implanted)
+    if (implants & ~units).any():
+        raise ValueError("implanted has channels that do not stay in kept: an implant stands for a channel that stays.")
     kernels = {kernel.path: kernel for kernel in groups.kernels}
     leaves = []
     for leaf in groups.leaves:

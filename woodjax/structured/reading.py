@@ -42,6 +42,7 @@ class Traced(NamedTuple):
 
             def call(arrays: Sequence[Any], variables: PyTree, inputs: Batch) -> Any:
                 return jax.tree.unflatten(held, arrays)(variables, inputs)
+
         else:
 
             def call(arrays: Sequence[Any], variables: PyTree, inputs: Batch) -> Any:

@@ -1,7 +1,7 @@
 """Running an equation on what stays of its channels."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from woodjax.structured.rules import Counts, Spread
 from woodjax.structured.rules.rule import Wanted
 from woodjax.structured.solver import Solver
 
+Watch: TypeAlias = Callable[[Any, Sequence[Value], Sequence[Array], Sequence[Array]], None]
+
 
 class Running:
     """What stays of each axis, and how arrays are made to fit.
@@ -22,11 +24,12 @@ class Running:
     Attributes:
         solver: Of the units.
         stays: Of each root: does it stay?
+        watch: Called with each equation that ran, what is known of its operands, the operands and the results.
     """
 
-    def __init__(self, solver: Solver, stays: Bool[np.ndarray, " units"]) -> None:
+    def __init__(self, solver: Solver, stays: Bool[np.ndarray, " units"], watch: Watch | None = None) -> None:
         """Hold what stays; see the attributes."""
-        self.solver, self.stays = solver, stays
+        self.solver, self.stays, self.watch = solver, stays, watch
 
     def mask(self, axis: Axis) -> Bool[np.ndarray, " size"]:
         """Which indices of an axis are stored.
@@ -74,7 +77,10 @@ class Running:
             tuple(np.shape(operand) for operand in operands), tuple(self.counts(value) for value in spread.results)
         )
         results = equation.primitive.bind(*operands, **equation.params | params(equation, counts))
-        return results if equation.primitive.multiple_results else [results]
+        results = results if equation.primitive.multiple_results else [results]
+        if self.watch is not None:
+            self.watch(equation, [item.value for item in items], operands, results)
+        return results
 
     def _run_implanted(
         self, equation: Any, items: Sequence[Any], spread: Spread, params: Callable[..., Any]

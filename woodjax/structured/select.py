@@ -30,7 +30,46 @@ def select_channels(
     max_ratio: float = 0.95,
     round_to: int = 1,
 ) -> Selection:
-    """Choose which channels stay, lowest scores out first, until the network fits a budget."""
+    """Choose which channels stay, lowest scores out first over all groups, until the network fits a budget.
+
+    Args:
+        groups: Of the network.
+        scores: For each group `[n]`, low = goes first, `+inf` = never. Groups that are left out stay whole. Ties go by
+            the order of groups and channels.
+        ratio: Budget: fraction of all channels to remove, exactly `round(ratio · channels)` of them; with implants,
+            those that get one are among them.
+        parameters: Budget: at most this fraction of the numbers in the variables, or this many if above 1.
+        macs: Budget: at most this fraction of the multiply-adds, or this many if above 1.
+        cost: Budget: a function of what stays and what has implants, such as a latency measured on a device, and its
+            limit. It is called about `log₂(channels)` times, and should fall as channels go.
+        implants: Fraction of the channels taken out, the ones with the highest scores, that is replaced by implants,
+            where a k×k kernel writes them.
+        max_ratio: Largest fraction of a group that may go. One channel of every group always stays.
+        round_to: Widths of groups are raised to multiples of this by the best of what went, as far as there are any.
+
+    Returns:
+        What stays, and what has implants: `make_plan(groups, *selection)`.
+
+    Raises:
+        ValueError: No budget or several; one that cannot be reached; scores of another shape, NaN or `-inf`; a
+            fraction outside its range.
+
+    Cost:
+        A sort, and `log₂(channels)` counts on the host.
+
+    References:
+        Yu et al., HAP, 2021 (arXiv 2101.08940), sections 3.2 and 3.3: one ranking, a cap for each layer, implants for
+        the most sensitive of what goes.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, woodjax as wj
+        >>> variables = {"hidden": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
+        >>> apply_fn = lambda v, x: jnp.tanh(x @ v["hidden"]) @ v["head"]
+        >>> groups = wj.channel_groups(apply_fn, variables, jnp.ones((1, 3)))
+        >>> chosen = wj.select_channels(groups, {"hidden": jnp.array([3.0, 1.0, 2.0, 4.0])}, macs=0.5)
+        >>> chosen.kept["hidden"].tolist()
+        [True, False, False, True]
+    """
     asked = {"ratio": ratio, "parameters": parameters, "macs": macs, "cost": cost}
     given = [name for name, value in asked.items() if value is not None]
     if len(given) != 1:
@@ -93,7 +132,9 @@ def _removable(groups: ChannelGroups, scores: ChannelScores, max_ratio: float) -
     for name, score in scores.items():
         group, score = groups[name], np.asarray(score, np.float64)
         if score.shape != (group.size,):
-            raise ValueError(f"scores['{name}'] has shape {score.shape}, expected ({group.size},): one for each channel.")
+            raise ValueError(
+                f"scores['{name}'] has shape {score.shape}, expected ({group.size},): one for each channel."
+            )
         if np.isnan(score).any() or np.isneginf(score).any():
             raise ValueError(f"scores['{name}'] has NaN or -inf: look at what they were made of.")
         names += [(name, i) for i in range(group.size)]

@@ -1,16 +1,15 @@
 """A network that runs on what stays of its variables, whatever its code says of widths."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from woodjax.structured.axes import KEPT, filled
-from woodjax.structured.implants import ImplantedKernel
+from woodjax.structured.implants import is_implanted
 from woodjax.structured.plan import PrunePlan
 from woodjax.structured.reading import Reading, Traced, read_program, staying
 from woodjax.structured.running import Running
@@ -27,8 +26,19 @@ class ShrunkNetwork:
     plan: PrunePlan
 
     def __call__(self, variables: PyTree, inputs: Batch) -> Any:
-        """Run the network."""
-        paths, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=_is_kernel)
+        """Run the network.
+
+        Args:
+            variables: What the plan leaves.
+            inputs: As the whole network takes them.
+
+        Returns:
+            What the whole network returns.
+
+        Raises:
+            ValueError: Variables that the plan does not leave.
+        """
+        paths, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_implanted)
         plans = {plan.path: plan for plan in self.plan.leaves}
         whole = []
         for path, leaf in paths:
@@ -51,7 +61,7 @@ class ShrunkNetwork:
         reading = read_program(traced, union=self.plan.streams == "union", barriers=barriers, cuts=cuts)
         running = Running(reading.solver, staying(reading.solver, self._independent(reading)))
         walk = Walk(reading.solver, barriers=barriers, running=running)
-        arrays = [a if _is_kernel(a) else jnp.asarray(a) for a in (*(a for _, a in paths), *jax.tree.leaves(inputs))]
+        arrays = [a if is_implanted(a) else jnp.asarray(a) for a in (*(a for _, a in paths), *jax.tree.leaves(inputs))]
         outputs = walk.program(traced.jaxpr, traced.consts, reading.items(arrays))
         results = []
         for item, variable in zip(outputs, traced.jaxpr.outvars, strict=True):
@@ -71,10 +81,36 @@ class ShrunkNetwork:
         return found
 
 
-def _is_kernel(node: Any) -> bool:
-    return isinstance(node, ImplantedKernel)
-
-
 def shrunk_network(apply_fn: ApplyFn, plan: PrunePlan) -> ShrunkNetwork:
-    """The network on the variables that a plan leaves."""
+    """The network on the variables that a plan leaves, whatever its code says of widths.
+
+    The program of the whole network runs with the operands that are left: shapes, slices and groups in it are made
+    smaller, constants stay. No module is rebuilt, nothing depends on a framework, and the result is the output of the
+    whole network with zeros for what went, to rounding.
+
+    Args:
+        apply_fn: `apply_fn(variables, inputs)`, the network that the groups were found in.
+        plan: What stays.
+
+    Returns:
+        `network(small, inputs)`, a function of `plan.shrink(variables)` and a batch of any size that the network
+        takes. It can be jitted, differentiated, mapped and exported, and is equal to another of the same function and
+        plan. Call it under `jax.jit`: a call outside reads the program again.
+
+    Raises:
+        ValueError: When called: variables that the plan does not leave.
+
+    Cost:
+        That of the smaller network; once for each shape of the inputs, a trace and a reading of the program.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, woodjax as wj
+        >>> variables = {"hidden": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}
+        >>> apply_fn = lambda v, x: jnp.tanh(x @ v["hidden"]) @ v["head"]
+        >>> groups = wj.channel_groups(apply_fn, variables, jnp.ones((1, 3)))
+        >>> plan = wj.make_plan(groups, {"hidden": np.array([True, False, False, True])})
+        >>> network = jax.jit(wj.shrunk_network(apply_fn, plan))
+        >>> network(plan.shrink(variables), jnp.ones((5, 3))).shape
+        (5, 2)
+    """
     return ShrunkNetwork(apply_fn, plan)

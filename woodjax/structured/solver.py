@@ -5,9 +5,19 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Bool
 
-from woodjax.structured.axes import FREE, KEPT, ZERO, Axis, Factor, Place, Units, filled, merged, plain, size_of, suffixes
+from woodjax.structured.axes import (
+    KEPT,
+    Axis,
+    Factor,
+    Place,
+    Units,
+    filled,
+    merged,
+    plain,
+    size_of,
+    suffixes,
+)
 
 
 class Solver:

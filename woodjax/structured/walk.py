@@ -143,13 +143,15 @@ class Walk:
         if running is None:
             return [Item(value) for value in results]
 
+        fitted = running.fitted
+
         def step(held: Sequence[Any], parts: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             given = [*consts, *map(Item, carry, held), *map(Item, [item.value for item in slices], parts)]
             found = self.program(body.jaxpr, body.consts, given)
-            handed = [running.fitted(item, value) for item, value in zip(found, carry, strict=False)]
+            handed = [fitted(item, value) for item, value in zip(found, carry, strict=False)]
             return handed, [item.array for item in found[len(carry) :]]
 
-        begin = [running.fitted(item, value) for item, value in zip(start, carry, strict=True)]
+        begin = [fitted(item, value) for item, value in zip(start, carry, strict=True)]
         options = {name: equation.params[name] for name in ("reverse", "unroll")}
         arrays = lax.scan(step, begin, [item.array for item in stacked], length, **options)
         return [Item(value, array) for value, array in zip(results, [*arrays[0], *arrays[1]], strict=True)]
@@ -165,11 +167,13 @@ class Walk:
         if running is None:
             return [Item(value) for value in values]
 
+        fitted = running.fitted
+
         def run(branch: Any) -> Callable[..., list[Any]]:
             def call(*arrays: Any) -> list[Any]:
                 operands = [Item(item.value, array) for item, array in zip(given, arrays, strict=True)]
                 results = self.program(branch.jaxpr, branch.consts, operands)
-                return [running.fitted(item, value) for item, value in zip(results, values, strict=True)]
+                return [fitted(item, value) for item, value in zip(results, values, strict=True)]
 
             return call
 

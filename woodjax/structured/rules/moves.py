@@ -68,16 +68,15 @@ def _part(solver: Solver, axis: Axis, start: int, limit: int, stride: int) -> tu
     if len(axis) == 1 and plain(axis[0]):
         return filled(count, FREE), axis
     behind = suffixes(axis)[0] if len(axis) > 1 else 1
-    if stride == 1 or len(axis) == 1:
-        if start % behind == 0 and limit % behind == 0:
-            first, rest = axis[0], axis[1:]
-            at = np.arange(start // behind, limit // behind, stride)
-            taken = first._replace(units=first.units[at])
-            want = np.full(first.size, ZERO)
-            want[at] = first.units[at]
-            if len(at) == 1:
-                solver.fix((taken,))
-            return (taken, *rest) if len(at) > 1 else rest, (first._replace(units=want), *rest)
+    if (stride == 1 or len(axis) == 1) and start % behind == 0 and limit % behind == 0:
+        first, rest = axis[0], axis[1:]
+        at = np.arange(start // behind, limit // behind, stride)
+        taken = first._replace(units=first.units[at])
+        want = np.full(first.size, ZERO)
+        want[at] = first.units[at]
+        if len(at) == 1:
+            solver.fix((taken,))
+        return (taken, *rest) if len(at) > 1 else rest, (first._replace(units=want), *rest)
     solver.fix(axis)
     return filled(count, KEPT), axis
 

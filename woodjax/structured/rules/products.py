@@ -96,7 +96,7 @@ def _convolution(solver: Solver, equation: Any, values: Sequence[Value]) -> Part
     axes = [filled(size, KEPT) for size in out_shape]
     axes[numbers.out_spec[0]] = inputs.axes[batch]
     axes[numbers.out_spec[1]] = result
-    wants = [[(axis,) for axis in value.axes] for value in values]
+    wants: list[list[tuple[Axis, ...]]] = [[(axis,) for axis in value.axes] for value in values]
     wants[0][channels] = tuple((*grouped, *axis) for axis in read)
     wants[1][outputs], wants[1][reads] = (result,), read
     example = inputs.example or kernel.example
