@@ -118,16 +118,22 @@ def test_hutchinson_traces_are_sums_of_its_diagonal():
 
 @given(seed=st.integers(0, 99))
 @settings(max_examples=4)
-def test_gate_scores_are_the_gauss_newton_matrix_along_a_channel(seed):
+def test_gate_scores_are_the_gauss_newton_matrix_along_channels(seed):
     params = draw(seed)
     jacobian = jax.jacrev(network)(params, INPUTS)
     rows = np.concatenate([np.asarray(j, np.float64).reshape(6, 2, -1) for j in jax.tree.leaves(jacobian)], axis=-1)
     p = np.asarray(jax.nn.softmax(network(params, INPUTS).astype(jnp.float32)), np.float64)
     hessian = sum(oracle.softmax_fisher(j, q / q.sum()) for j, q in zip(rows, p, strict=True)) / 6
-    leaving = [np.where(where(channel, READERS), vector(params), 0) for channel in channels()]
+    leaving = np.stack([np.where(where(channel, READERS), vector(params), 0) for channel in channels()])
     expected = [oracle.quadratic(hessian, -t) for t in leaving]
     found = flat(wj.gate_scores(GROUPS, network, params, INPUTS, microbatch_size=4))
     np.testing.assert_allclose(found, expected, 2e-4, 1e-6 * max(expected))
+    places = flat(wj.joint_gate_scores(GROUPS, network, params, INPUTS, microbatch_size=4))
+    assert sorted(places) == list(range(7))
+    gates = leaving @ hessian @ leaving.T
+    losses = [oracle.quadratic(gates, -(places <= k).astype(float)) for k in range(7)]
+    best = [oracle.quadratic(gates, -(oracle.joint_order(gates) <= k).astype(float)) for k in range(7)]
+    np.testing.assert_allclose(losses, best, 1e-3, 1e-5 * max(best))
 
 
 def test_gates_remove_channels():
