@@ -151,6 +151,45 @@ def probe_variance(hessian, block):
     return 2 * squares[np.ix_(inside, inside)].sum() + squares[np.ix_(inside, ~inside)].sum()
 
 
+def channel_removal(hessian, damping, weights, members, readers, gradient=None):
+    """Removing a channel: its readers go to zero, its other weights stay where they are, all else is free.
+
+    `hessian` without damping, `damping` of each coordinate that moves freely; `weights` of all coordinates, and which
+    of them are of the channel and read it. The step, and what it costs, damping of the free weights included.
+    """
+    leaving = np.where(readers, weights, 0)
+    held = hessian + np.diag(np.broadcast_to(damping, len(weights)))
+    step = constrained_minimiser(held, leaving, members, gradient)
+    return step, quadratic(hessian + np.diag(np.where(members, 0, damping)), step, gradient)
+
+
+def hessian_aware_score(weights, diagonal):
+    """HAP: ½ tr(H_cc)/p ‖w_c‖² of one channel."""
+    return 0.5 * np.sum(diagonal) / len(weights) * np.sum(weights**2)
+
+
+def patches(images, size, stride):
+    """What a convolution without padding reads at each place, `[places, size · size · channels]`."""
+    n, h, w, _ = images.shape
+    rows = [
+        images[i, y : y + size, x : x + size].reshape(-1)
+        for i in range(n)
+        for y in range(0, h - size + 1, stride)
+        for x in range(0, w - size + 1, stride)
+    ]
+    return np.array(rows)
+
+
+def reconstruction(inputs, kernel, lost, ridge):
+    """Channel Pruning: `min_V ‖XW − X_K V‖² + ridge ‖V − W_K‖²`, as one least-squares problem."""
+    free = np.flatnonzero(~lost)
+    design = np.concatenate([inputs[:, free], np.sqrt(ridge) * np.eye(len(free))])
+    target = np.concatenate([inputs @ kernel, np.sqrt(ridge) * kernel[free]])
+    out = np.zeros_like(kernel)
+    out[free] = np.linalg.lstsq(design, target, rcond=None)[0]
+    return out
+
+
 def pack_nm(rows, kept, n, m):
     """Mishra et al. 2021, section 3, written out group by group: values kept, and where, low bits first."""
     width = (m - 1).bit_length()
@@ -167,3 +206,14 @@ def pack_nm(rows, kept, n, m):
         positions.append([int(bits[start : start + 8][::-1], 2) for start in range(0, len(bits), 8)])
     lead = rows.shape[:-1]
     return np.array(values, rows.dtype).reshape(*lead, -1), np.array(positions, np.uint8).reshape(*lead, -1)
+
+
+def joint_order(hessian):
+    """Greedy Combinatorial Brain Surgeon over gates: place of each, when the loss of all that are gone grows least."""
+    gone, places = [], np.zeros(len(hessian))
+    for step in range(len(hessian)):
+        rest = [c for c in range(len(hessian)) if c not in gone]
+        best = min(rest, key=lambda c: quadratic(hessian, -np.isin(np.arange(len(hessian)), [*gone, c]).astype(float)))
+        gone.append(best)
+        places[best] = step
+    return places

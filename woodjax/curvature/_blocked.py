@@ -8,7 +8,7 @@ import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
-from woodjax.curvature.protocol import compiled
+from woodjax.curvature.protocol import Curvature, compiled
 from woodjax.tree import Layout
 from woodjax.typing import Groups, Masks, Params, Updates
 
@@ -37,6 +37,10 @@ class Grouped(abc.ABC):
     @abc.abstractmethod
     def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
         """The part that a leaf belongs to, and where in it the weights of the leaf's groups stand."""
+
+    @abc.abstractmethod
+    def damping_tree(self) -> Params:
+        """`λ` of every coordinate, as used; 0 on leaves that are not prunable."""
 
     @abc.abstractmethod
     def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
@@ -149,6 +153,12 @@ class Blocked(Grouped):
     def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
         """All leaves are one part: places among the flattened blocks."""
         return 0, self.layout.positions(leaf, groups)
+
+    @compiled
+    def damping_tree(self) -> Params:
+        """One number for each block."""
+        shape = self.layout.num_blocks, self.layout.block_size
+        return self.layout.to_tree(jnp.broadcast_to(cast(Curvature, self).damping.reshape(-1, 1), shape), fill=0)
 
     @compiled
     def inverse_diagonal(self) -> Params:

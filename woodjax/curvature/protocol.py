@@ -87,6 +87,10 @@ class GroupCurvature(Curvature, Protocol):
 class CoupledCurvature(GroupCurvature, Protocol):
     """A curvature that can be asked about groups with weights in several leaves: what channels need."""
 
+    def damping_tree(self) -> Params:
+        """`λ` of every coordinate, as used; 0 where it is held fixed."""
+        ...
+
     def coupled_costs(self, target: Params, groups: Groups) -> Float[Array, " n"]:
         """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of `n` groups, each row `i` of all leaves: values and indices, `[n, q]` each."""
         ...

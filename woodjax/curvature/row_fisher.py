@@ -15,6 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,6 +41,13 @@ class RowFisher(Grouped):
     inverses: Sums
     damping: Float[Array, " rows"]  # as used, of all rows of all leaves
     raised: Int[Array, ""]  # rows where it was raised
+
+    @compiled
+    def damping_tree(self) -> Params:
+        """One number for each row."""
+        counts = np.cumsum([len(inverse) for inverse in self.inverses])[:-1]
+        parts = zip(jnp.split(self.damping, counts), self.inverses, strict=True)
+        return self._tree([jnp.broadcast_to(part[:, None], inverse.shape[:2]) for part, inverse in parts])
 
     @compiled
     def inverse_diagonal(self) -> Params:

@@ -3,6 +3,7 @@
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, ChannelScores
 from woodjax.structured.find import channel_groups
 from woodjax.structured.implants import ImplantedKernel
+from woodjax.structured.joint import joint_gate_scores
 from woodjax.structured.plan import PrunePlan, make_plan
 from woodjax.structured.reads import gate_channels
 from woodjax.structured.rebuilt import check_rebuilt
@@ -39,6 +40,7 @@ __all__ = [
     "gate_scores",
     "hap_scores",
     "input_moments",
+    "joint_gate_scores",
     "l2_channel_scores",
     "make_plan",
     "normalize_scores",

@@ -52,8 +52,13 @@ def check_reads(reads: ChannelGroups, params: Params) -> None:
         params: A params-tree.
 
     Raises:
-        ValueError: Naming the first group without.
+        ValueError: Naming the first group without; no groups at all.
     """
+    if not reads.groups:
+        raise ValueError(
+            "The network has no channels that can be removed. Batch statistics that the network carries hold every "
+            "channel behind them: pass channel_groups all variables, statistics among them."
+        )
     found = np.zeros(reads.num_channels, bool)
     for leaf in matched(reads.leaves, params)[0]:
         for factor in (factor for axis in leaf.axes for factor in axis):
@@ -70,7 +75,8 @@ def gate_channels(groups: ChannelGroups, apply_fn: ApplyFn, params: Params) -> t
     """A network as a function of gates: one number for each channel, by which whatever reads it is multiplied.
 
     All of curvature and gradients in this library works on it: a network of a thousand channels is a function of a
-    thousand numbers.
+    thousand numbers. A gate of zero is the pruned network, but for a normalisation over the channels themselves
+    (layer normalisation of a residual stream), whose mean and variance still see them.
 
     Args:
         groups: From `channel_groups`.
@@ -78,7 +84,7 @@ def gate_channels(groups: ChannelGroups, apply_fn: ApplyFn, params: Params) -> t
         params: The parameters, or all variables.
 
     Returns:
-        `gated(gates, inputs)` and gates of one, `[n]` for each group. At zero a channel is gone.
+        `gated(gates, inputs)` and gates of one, `[n]` for each group.
 
     Raises:
         ValueError: A group whose readers are not among `params`; leaves of another shape.

@@ -1,7 +1,7 @@
 """What kernels read, found in the program of a network while it runs."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +11,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from woodjax.programs import PRODUCTS, inner_programs
+from woodjax.structured.axes import Value
 from woodjax.structured.channels import ChannelGroups
 from woodjax.structured.matching import match
-from woodjax.structured.reading import Reading, Traced, read_program, staying
-from woodjax.structured.rules import Spread
+from woodjax.structured.reading import Traced, read_program
 from woodjax.structured.running import Running
 from woodjax.structured.walk import Walk
 from woodjax.typing import ApplyFn, Batch, Params
@@ -62,38 +62,27 @@ def record_readers(
     }
     traced = Traced.of(apply_fn, params, inputs)
     reading = read_program(traced, union=groups.streams == "union", barriers=groups.unknown == "barrier")
-    recorder = _Recorder(reading, wanted)
     arrays = [jnp.asarray(a) for a in (*jax.tree.leaves(params), *jax.tree.leaves(inputs))]
-    walk = Walk(reading.solver, barriers=groups.unknown == "barrier", running=recorder)
+    paths = [path for path, _ in traced.leaves]
+    same = {id(array): (path, array) for path, array in zip(paths, arrays, strict=False)}  # leaves, as they are or cast
+    outside = frozenset(_products_outside_loops(traced.jaxpr))
+    found: dict[str, tuple[Reader, Array] | None] = {}  # None: used twice, or in another way
+
+    def watch(equation: Any, values: Sequence[Value], operands: Sequence[Array], results: Sequence[Array]) -> None:
+        if equation.primitive.name == "convert_element_type" and id(operands[0]) in same:
+            same[id(results[0])] = same[id(operands[0])][0], results[0]
+        if equation.primitive.name not in PRODUCTS:
+            return
+        for operand, value in zip(operands, values, strict=True):
+            for path in {paths[leaf] for axis in value.axes for factor in axis for leaf, _ in factor.places} & wanted:
+                plain = operand is operands[1] and same.get(id(operand), ("",))[0] == path
+                plain = plain and id(equation) in outside and path not in found
+                found[path] = _rows(equation, operands[0]) if plain else None
+
+    running = Running(reading.solver, np.ones(reading.solver.size, bool), watch)
+    walk = Walk(reading.solver, barriers=groups.unknown == "barrier", running=running)
     walk.program(traced.jaxpr, traced.consts, reading.items(arrays))
-    return {path: found for path, found in recorder.found.items() if found is not None}
-
-
-class _Recorder(Running):
-    """Runs a program and keeps what its kernels read."""
-
-    def __init__(self, reading: Reading, wanted: set[str]) -> None:
-        super().__init__(reading.solver, staying(reading.solver, {}))
-        self.leaves, self.wanted = reading.traced.leaves, wanted
-        self.equations = frozenset(_products_outside_loops(reading.traced.jaxpr))
-        self.found: dict[str, tuple[Reader, Array] | None] = {}  # None: twice, or in another way
-
-    def run(self, equation: Any, items: Sequence[Any], spread: Spread, params: Callable[..., Any]) -> Sequence[Any]:
-        """Run an equation, and note what goes into a product with a leaf."""
-        if equation.primitive.name in PRODUCTS:
-            for place, item in enumerate(items):
-                for path in self.wanted & self._leaves(item.value):
-                    plain = place == 1 and id(equation) in self.equations and self._is_leaf(item, path)
-                    self.found[path] = _rows(equation, items[0].array) if plain and path not in self.found else None
-        return super().run(equation, items, spread, params)
-
-    def _leaves(self, value: Any) -> set[str]:
-        return {self.leaves[leaf][0] for axis in value.axes for factor in axis for leaf, _ in factor.places}
-
-    def _is_leaf(self, item: Any, path: str) -> bool:
-        places = [{place for factor in axis for place in factor.places} for axis in item.value.axes]
-        own = all(axis == i and self.leaves[leaf][0] == path for i, found in enumerate(places) for leaf, axis in found)
-        return own and dict(self.leaves)[path] == item.array.shape
+    return {path: rows for path, rows in found.items() if rows is not None}
 
 
 def _products_outside_loops(jaxpr: Any) -> list[int]:

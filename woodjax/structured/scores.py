@@ -7,7 +7,7 @@
 | `taylor_channel_scores` | the mean gradient | yes |
 | `l2_channel_scores`, `bn_scale_scores`, `random_channel_scores` | nothing | no |
 
-`obs_channel_scores` in `woodjax.structured.surgeon` counts what the survivors can make up for as well.
+`joint_gate_scores` counts what channels cost together as well, `obs_channel_scores` what the survivors make up for.
 """
 
 from typing import Literal, TypeAlias

@@ -35,7 +35,8 @@ def obs_channel_scores(
             `−½ ḡᵀH⁻¹ḡ`, is left out.
 
     Returns:
-        Scores `[n]` for each group, in units of the loss. `+inf` where the curvature holds all readers fixed.
+        Scores `[n]` for each group, in units of the loss, without what damping costs a channel itself: rounding may
+        make them slightly negative. `+inf` where the curvature holds all readers fixed.
 
     Raises:
         ValueError: A curvature that does not answer for groups over several leaves; trees that differ; a group
@@ -53,8 +54,8 @@ def obs_channel_scores(
         >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[1.0], [2.0]])}
         >>> groups = wj.channel_groups(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 1)))
         >>> fisher = wj.diagonal_fisher(jax.tree.map(lambda w: jnp.ones((1, *w.shape)), params), damping=1.0)
-        >>> wj.obs_channel_scores(groups, params, fisher)["a"].tolist()  # ½ · 2 · w², by the reader alone
-        [1.0, 4.0]
+        >>> wj.obs_channel_scores(groups, params, fisher)["a"].tolist()  # ½ · 1 · w², by the reader alone
+        [0.5, 2.0]
     """
     if not isinstance(curvature, CoupledCurvature):
         raise ValueError(
@@ -73,18 +74,20 @@ def obs_channel_scores(
         for whole, read, selected in zip(described, readers, held, strict=True)
     ]
     newton = None if gradient is None else jax.tree.leaves(curvature.solve(gradient))
+    damping = jax.tree.leaves(curvature.damping_tree())
     scores = {}
     for group in groups.groups:
         at, own = zip(*(_places(pair, group) for pair in leaves), strict=True)
         if not any(mask.any() for mask in own):
             scores[group.name] = jnp.full(group.size, jnp.inf)
             continue
-        targets = []
+        targets, ridge = [], jnp.zeros(group.size)
         for number, (w, places, mask) in enumerate(zip(jax.tree.leaves(params), at, own, strict=True)):
-            target = jnp.where(mask, jnp.reshape(w, -1)[places], 0)
+            target = jnp.where(mask, jnp.reshape(w, -1)[places], 0).astype(jnp.result_type(w, jnp.float32))
+            ridge = ridge + 0.5 * jnp.sum(jnp.reshape(damping[number], -1)[places] * target**2, axis=1)
             targets.append(target if newton is None else target - jnp.reshape(newton[number], -1)[places])
         tree = curvature.layout.treedef
-        costs = curvature.coupled_costs(jax.tree.unflatten(tree, targets), jax.tree.unflatten(tree, at))
+        costs = curvature.coupled_costs(jax.tree.unflatten(tree, targets), jax.tree.unflatten(tree, at)) - ridge
         scores[group.name] = jnp.where(jnp.isfinite(costs), costs, jnp.nan)
     return scores
 
