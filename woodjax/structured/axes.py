@@ -30,6 +30,11 @@ class Factor(NamedTuple):
         """Number of indices."""
         return len(self.units)
 
+    @property
+    def vanishes(self) -> bool:
+        """Is the value zero where the units are removed, rather than the same all along?"""
+        return self.zero and not (self.units == FREE).any()
+
 
 Axis: TypeAlias = tuple[Factor, ...]
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 
-from woodjax.programs import PRODUCTS
+from woodjax.programs import PRODUCTS, bind
 from woodjax.structured.axes import FREE, KEPT, Axis, Value, filled
 from woodjax.structured.rules import RULES
 from woodjax.structured.rules.moves import tied
@@ -88,7 +88,7 @@ class Walk:
         if name == "cond":
             return self._cond(equation, items)
         inner = _closed_programs(equation)
-        if len(inner) == 1 and len(inner[0].jaxpr.invars) == len(items) and name != "while":
+        if len(inner) == 1 and _takes(inner[0].jaxpr, equation):
             results = self.program(inner[0].jaxpr, inner[0].consts, items)
             if _is_relu(equation, inner[0].jaxpr) and self.running is not None:  # whose derivative at zero is zero
                 return [Item(results[0].value, jax.nn.relu(items[0].array))]
@@ -108,13 +108,8 @@ class Walk:
         results = tuple(Value(_all_kept(variable), None, example) for variable in equation.outvars)
         if self.running is None:
             return [Item(value) for value in results]
-        given = [
-            (variable, self.running.fitted(item, Value(_all_kept(variable))))
-            for variable, item in zip(equation.invars, items, strict=True)
-            if not isinstance(variable, core.Literal)
-        ]
-        alone = core.Jaxpr((), [variable for variable, _ in given], equation.outvars, [equation])
-        arrays = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(array for _, array in given))
+        whole = [Value(_all_kept(variable)) for variable in equation.invars]
+        arrays = bind(equation, [self.running.fitted(item, value) for item, value in zip(items, whole, strict=True)])
         return [Item(value, array) for value, array in zip(results, arrays, strict=True)]
 
     def _scan(self, equation: Any, items: list[Item]) -> list[Item]:
@@ -219,6 +214,13 @@ def _closed_programs(equation: Any) -> list[Any]:
         elif isinstance(value, core.Jaxpr):
             found.append(core.ClosedJaxpr(value, ()))
     return found
+
+
+def _takes(program: Any, equation: Any) -> bool:
+    """Is a program called with the operands of an equation, as they are?"""
+    shapes = [[v.aval.shape for v in variables] for variables in (program.invars, equation.invars)]
+    results = [[v.aval.shape for v in variables] for variables in (program.outvars, equation.outvars)]
+    return shapes[0] == shapes[1] and results[0] == results[1] and equation.primitive.name != "while"
 
 
 def _is_relu(equation: Any, body: Any) -> bool:

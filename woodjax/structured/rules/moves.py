@@ -21,7 +21,7 @@ def _pad(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     axes, wanted = [], []
     shape = equation.outvars[0].aval.shape
     for axis, (low, high, inside), size in zip(value.axes, equation.params["padding_config"], shape, strict=True):
-        wanted.append((axis,))
+        stored = axis
         if (low, high, inside) == (0, 0, 0):
             axes.append(axis)
         elif _pads(axis, (low, high, inside), zero=zero):
@@ -29,8 +29,9 @@ def _pad(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
             units = np.concatenate([np.full(low, ZERO), factor.units, np.full(high, ZERO)])
             axes.append((Factor(units, factor.zero),))
         else:
-            solver.fix(axis)
+            stored = solver.fix(axis)
             axes.append(filled(size, KEPT))
+        wanted.append((stored,))
     return Spread((Value(tuple(axes), None, value.example),), (tuple(wanted), ()))
 
 
@@ -77,8 +78,7 @@ def _part(solver: Solver, axis: Axis, start: int, limit: int, stride: int) -> tu
         if len(at) == 1:
             solver.fix((taken,))
         return (taken, *rest) if len(at) > 1 else rest, (first._replace(units=want), *rest)
-    solver.fix(axis)
-    return filled(count, KEPT), axis
+    return filled(count, KEPT), solver.fix(axis)
 
 
 def _slice_params(equation: Any, counts: Counts) -> dict[str, Any]:
@@ -96,12 +96,14 @@ def _slice_params(equation: Any, counts: Counts) -> dict[str, Any]:
 
 def _split(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     (value,) = values
-    along, start, results = equation.params["axis"], 0, []
-    for size in equation.params["sizes"]:
-        taken, _ = _part(solver, value.axes[along], start, start + size, 1)
-        results.append(value._replace(axes=(*value.axes[:along], taken, *value.axes[along + 1 :])))
-        start += size
-    return Spread(tuple(results), as_they_are(values))
+    along, limits = equation.params["axis"], np.cumsum(equation.params["sizes"])
+    before, axis, after = value.axes[:along], value.axes[along], value.axes[along + 1 :]
+    behind = size_of(axis[1:])
+    if _moves(axis) and (limits % behind).any():  # a cut through a row
+        axis = solver.fix(axis)
+    taken = [_part(solver, axis, int(n - size), int(n), 1)[0] for n, size in zip(limits, equation.params["sizes"])]
+    results = tuple(value._replace(axes=(*before, part, *after)) for part in taken)
+    return Spread(results, (tuple((own,) for own in (*before, axis, *after)),))
 
 
 def _split_params(equation: Any, counts: Counts) -> dict[str, Any]:
@@ -121,8 +123,8 @@ def _concatenate(solver: Solver, equation: Any, values: Sequence[Value]) -> Spre
                     filled(size_of(axis), ZERO) if value.constant is not None and value.constant == 0 else axis
                     for value, axis in zip(values, given, strict=True)
                 ]
-            axes.append(_joined(solver, given))
-            own = given
+            joined, own = _joined(solver, given)
+            axes.append(joined)
         else:
             axes.append(tied(solver, given))
             own = [axes[-1]] * len(values)
@@ -132,20 +134,20 @@ def _concatenate(solver: Solver, equation: Any, values: Sequence[Value]) -> Spre
     return Spread((result,), tuple(tuple(want) for want in wanted))
 
 
-def _joined(solver: Solver, given: Sequence[Axis]) -> Axis:
+def _joined(solver: Solver, given: Sequence[Axis]) -> tuple[Axis, Sequence[Axis]]:
+    """Axes one behind the other, and what must be stored of each."""
     size = sum(map(size_of, given))
     if not any(_moves(axis) for axis in given):
-        return filled(size, KEPT)
+        return filled(size, KEPT), given
     behind = max((suffixes(axis)[0] for axis in given if len(axis) > 1), default=1)
     cut = [axis if size_of(axis) % behind else solver.cut(axis, [behind]) for axis in given]
     heads = [axis[: len(axis) - len(_behind(axis, behind))] for axis in cut]
     if any(size_of(axis) % behind or len(head) > 1 for axis, head in zip(given, heads, strict=True)):
-        for axis in given:
-            solver.fix(axis)
-        return filled(size, KEPT)
+        return filled(size, KEPT), [solver.fix(axis) for axis in given]
     parts = [_stored(head) for head in heads]
     first = Factor(np.concatenate([part.units for part in parts]), all(part.zero for part in parts))
-    return (first, *tied(solver, [_behind(axis, behind) for axis in cut]))
+    rest = tied(solver, [_behind(axis, behind) for axis in cut])
+    return (first, *rest), [(*head, *rest) for head in heads]
 
 
 def _behind(axis: Axis, size: int) -> Axis:
@@ -184,27 +186,27 @@ def _gather(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     through = iter(numbers.offset_dims)
-    axes = [filled(size, KEPT) for size in equation.outvars[0].aval.shape]
+    axes, stored = [filled(size, KEPT) for size in equation.outvars[0].aval.shape], []
     for i, (axis, size) in enumerate(zip(value.axes, sizes, strict=True)):
         to = None if i in gone else next(through)
         if to is None or size != size_of(axis):
-            solver.fix(axis)
+            stored.append((solver.fix(axis),))
         else:
             axes[to] = axis
-    for axis in indices.axes:
-        solver.fix(axis)
+            stored.append((axis,))
+    asked = tuple((solver.fix(axis),) for axis in indices.axes)
     result = Value(tuple(axes), None, value.example or indices.example)
-    return Spread((result,), as_they_are(values))
+    return Spread((result,), (tuple(stored), asked))
 
 
 def _dynamic_slice(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
-    value, sizes = values[0], equation.params["slice_sizes"]
-    axes = []
+    (value, *starts), sizes = values, equation.params["slice_sizes"]
+    axes, stored = [], []
     for axis, size in zip(value.axes, sizes, strict=True):
-        if size != size_of(axis):
-            solver.fix(axis)
+        stored.append((axis if size == size_of(axis) else solver.fix(axis),))
         axes.append(axis if size == size_of(axis) else filled(size, KEPT))
-    return Spread((Value(tuple(axes), None, value.example),), as_they_are(values))
+    result = Value(tuple(axes), None, any(value.example for value in values))
+    return Spread((result,), (tuple(stored), *as_they_are(starts)))
 
 
 def _slice_sizes(equation: Any, counts: Counts) -> dict[str, Any]:
@@ -222,12 +224,10 @@ def _update(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
             axes.append(tied(solver, [axis, other]))
             given.append((axes[-1],))
         else:
-            solver.fix(axis)
-            solver.fix(other)
-            axes.append(filled(size_of(axis), KEPT))
-            given.append((other,))
+            axes.append(solver.fix(axis))
+            given.append((solver.fix(other),))
     wanted: list[Wanted] = [tuple((axis,) for axis in axes), tuple(given), *as_they_are(rest)]
-    return Spread((Value(tuple(axes), None, value.example or update.example),), tuple(wanted))
+    return Spread((Value(tuple(axes), None, any(v.example for v in values)),), tuple(wanted))
 
 
 RULES = {
