@@ -92,7 +92,7 @@ def _count(program) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             total += _size(equation.outvars[0]) * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
         if equation.primitive.name == "conv_general_dilated":
-            outputs, *reads = equation.params["dimension_numbers"].rhs_spec
+            _outputs, *reads = equation.params["dimension_numbers"].rhs_spec
             total += _size(equation.outvars[0]) * math.prod(equation.invars[1].aval.shape[i] for i in reads)
     return total
 

@@ -8,8 +8,6 @@ import pytest
 from jax import lax
 from structured_cases import Case, check
 
-import woodjax as wj
-
 DENSE = {"first": (5, 6), "last": (6, 3)}
 IMAGE = {"first": (3, 3, 2, 6), "last": (3, 3, 6, 3)}
 

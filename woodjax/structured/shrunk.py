@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from woodjax.structured.axes import KEPT, filled
+from woodjax.structured.axes import KEPT, Value, filled
 from woodjax.structured.implants import is_implanted
 from woodjax.structured.plan import PrunePlan
 from woodjax.structured.reading import Reading, Traced, read_program, staying
@@ -65,8 +65,8 @@ class ShrunkNetwork:
         outputs = walk.program(traced.jaxpr, traced.consts, reading.items(arrays))
         results = []
         for item, variable in zip(outputs, traced.jaxpr.outvars, strict=True):
-            full_axes = tuple((filled(size, KEPT),) for size in variable.aval.shape)
-            results.append(running.fit(item.array, item.value, full_axes))
+            whole = Value(tuple(filled(size, KEPT) for size in variable.aval.shape))
+            results.append(running.fitted(item, whole))
         return jax.tree.unflatten(traced.result, results)
 
     def _independent(self, reading: Reading) -> dict[int, bool]:

@@ -12,7 +12,7 @@ from woodjax.programs import PRODUCTS, bind
 from woodjax.structured.axes import FREE, KEPT, Axis, Value, filled
 from woodjax.structured.rules import RULES
 from woodjax.structured.rules.moves import tied
-from woodjax.structured.running import Running
+from woodjax.structured.running import UNCHANGED, Running
 from woodjax.structured.solver import Solver
 
 CONSTANT_SIZE = 2**16  # largest captured array that is looked at
@@ -32,7 +32,7 @@ class Walk:
         solver: Of the units.
         barriers: Is a primitive that is not known taken to need all its channels, rather than an error?
         running: What stays, when the program runs.
-        on_product: Called with each product, its operands and how often it runs.
+        on_product: Called with each product or look-up, its operands and how often it runs.
     """
 
     def __init__(
@@ -77,12 +77,13 @@ class Walk:
         if rule is not None:
             values = [item.value for item in items]
             spread = rule.spread(self.solver, equation, values)
-            if self._on_product is not None and name in PRODUCTS:
+            results = [value.made_by(values[0].leaf if name in UNCHANGED else None) for value in spread.results]
+            if self._on_product is not None and name in (*PRODUCTS, "gather"):
                 self._on_product(equation, values, self._times)
             if self.running is None:
-                return [Item(value) for value in spread.results]
+                return [Item(value) for value in results]
             arrays = self.running.run(equation, items, spread, rule.params)
-            return [Item(value, array) for value, array in zip(spread.results, arrays, strict=True)]
+            return [Item(value, array) for value, array in zip(results, arrays, strict=True)]
         if name == "scan":
             return self._scan(equation, items)
         if name == "cond":
@@ -118,9 +119,9 @@ class Walk:
         consts, start, stacked = items[:first], items[first:last], items[last:]
         for item in stacked:
             self.solver.fix(item.value.axes[0])
-        slices = [Item(item.value._replace(axes=item.value.axes[1:], constant=None)) for item in stacked]
+        slices = [Item(item.value._replace(axes=item.value.axes[1:], constant=None, leaf=None)) for item in stacked]
         quiet = Walk(self.solver, barriers=self.barriers)
-        carry = [item.value for item in start]
+        carry = [item.value._replace(leaf=None) for item in start]
         inputs = [Item(item.value) for item in consts]
         while True:  # what a step hands to the next one
             after = quiet.program(body.jaxpr, body.consts, [*inputs, *map(Item, carry), *slices])[: len(carry)]
@@ -148,7 +149,7 @@ class Walk:
 
         begin = [fitted(item, value) for item, value in zip(start, carry, strict=True)]
         options = {name: equation.params[name] for name in ("reverse", "unroll")}
-        arrays = lax.scan(step, begin, [item.array for item in stacked], length, **options)
+        arrays = lax.scan(step, begin, [fitted(item, item.value) for item in stacked], length, **options)
         return [Item(value, array) for value, array in zip(results, [*arrays[0], *arrays[1]], strict=True)]
 
     def _cond(self, equation: Any, items: list[Item]) -> list[Item]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from woodjax.structured.axes import FREE, KEPT, ZERO, Axis, Factor, Value, filled, plain, size_of, suffixes
+from woodjax.structured.axes import FREE, KEPT, ZERO, Axis, Factor, Place, Value, filled, plain, size_of, suffixes
 from woodjax.structured.rules.rule import Counts, Rule, Spread, Wanted, as_they_are
 from woodjax.structured.solver import Solver
 
@@ -27,7 +27,7 @@ def _pad(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
         elif _pads(axis, (low, high, inside), zero=zero):
             factor = axis[0]
             units = np.concatenate([np.full(low, ZERO), factor.units, np.full(high, ZERO)])
-            axes.append((Factor(units, factor.zero),))
+            axes.append((factor._replace(units=units),))
         else:
             stored = solver.fix(axis)
             axes.append(filled(size, KEPT))
@@ -101,7 +101,10 @@ def _split(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     behind = size_of(axis[1:])
     if _moves(axis) and (limits % behind).any():  # a cut through a row
         axis = solver.fix(axis)
-    taken = [_part(solver, axis, int(n - size), int(n), 1)[0] for n, size in zip(limits, equation.params["sizes"])]
+    taken = [
+        _part(solver, axis, int(n - size), int(n), 1)[0]
+        for n, size in zip(limits, equation.params["sizes"], strict=True)
+    ]
     results = tuple(value._replace(axes=(*before, part, *after)) for part in taken)
     return Spread(results, (tuple((own,) for own in (*before, axis, *after)),))
 
@@ -118,12 +121,9 @@ def _concatenate(solver: Solver, equation: Any, values: Sequence[Value]) -> Spre
     for i in range(ndim):
         given = [value.axes[i] for value in values]
         if i == along:
-            if any(_moves(axis) for axis in given):  # zeros need not be stored
-                given = [
-                    filled(size_of(axis), ZERO) if value.constant is not None and value.constant == 0 else axis
-                    for value, axis in zip(values, given, strict=True)
-                ]
-            joined, own = _joined(solver, given)
+            joined, own = _joined(
+                solver, given, [value.constant is not None and value.constant == 0 for value in values]
+            )
             axes.append(joined)
         else:
             axes.append(tied(solver, given))
@@ -134,18 +134,24 @@ def _concatenate(solver: Solver, equation: Any, values: Sequence[Value]) -> Spre
     return Spread((result,), tuple(tuple(want) for want in wanted))
 
 
-def _joined(solver: Solver, given: Sequence[Axis]) -> tuple[Axis, Sequence[Axis]]:
-    """Axes one behind the other, and what must be stored of each."""
+def _joined(solver: Solver, given: Sequence[Axis], zeros: Sequence[bool]) -> tuple[Axis, Sequence[Axis]]:
+    """Axes one behind the other, and what must be stored of each: of zeros nothing."""
     size = sum(map(size_of, given))
     if not any(_moves(axis) for axis in given):
         return filled(size, KEPT), given
+    given = [filled(size_of(axis), ZERO) if zero else axis for axis, zero in zip(given, zeros, strict=True)]
     behind = max((suffixes(axis)[0] for axis in given if len(axis) > 1), default=1)
     cut = [axis if size_of(axis) % behind else solver.cut(axis, [behind]) for axis in given]
     heads = [axis[: len(axis) - len(_behind(axis, behind))] for axis in cut]
     if any(size_of(axis) % behind or len(head) > 1 for axis, head in zip(given, heads, strict=True)):
         return filled(size, KEPT), [solver.fix(axis) for axis in given]
+    heads = [
+        (Factor(np.full(1, ZERO), zero=True),) if zero and not head else head
+        for head, zero in zip(heads, zeros, strict=True)
+    ]
     parts = [_stored(head) for head in heads]
-    first = Factor(np.concatenate([part.units for part in parts]), all(part.zero for part in parts))
+    units = np.concatenate([part.units for part in parts])
+    first = Factor(units, all(part.zero for part in parts), _places(parts))
     rest = tied(solver, [_behind(axis, behind) for axis in cut])
     return (first, *rest), [(*head, *rest) for head in heads]
 
@@ -171,14 +177,18 @@ def tied(solver: Solver, axes: Sequence[Axis]) -> Axis:
             units = solver.tie(units, part.units)
         mixed = np.any([part.units == ZERO for part in parts], axis=0) & (units == FREE)
         zero = all(part.zero and not (part.units == FREE).any() for part in parts)
-        factors.append(Factor(np.where(mixed, KEPT, units), zero))
+        factors.append(Factor(np.where(mixed, KEPT, units), zero, _places(parts)))
     return tuple(factors)
+
+
+def _places(factors: Sequence[Factor]) -> frozenset[Place]:
+    return frozenset[Place]().union(*(factor.places for factor in factors))
 
 
 def _stored(axis: Axis) -> Factor:
     """One factor whose indices are all stored, but for zeros."""
     factor = axis[0] if axis else Factor(np.zeros(1, np.int64), zero=True)
-    return Factor(np.where(factor.units == FREE, KEPT, factor.units), factor.zero)
+    return factor._replace(units=np.where(factor.units == FREE, KEPT, factor.units))
 
 
 def _gather(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:

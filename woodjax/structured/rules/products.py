@@ -46,7 +46,7 @@ def _dot(solver: Solver, equation: Any, values: Sequence[Value]) -> Parts:
         [axis for i, axis in enumerate(value.axes) if i not in (*contracted[side], *batched[side])]
         for side, value in enumerate(values)
     ]
-    axes = [_of(axis, example) for axis in (*batch, *free[0], *free[1])]
+    axes = [*batch, *free[0], *free[1]]
     summed = tuple(axes[i] for axes, at in ((left.axes, contracted[0]), (right.axes, contracted[1])) for i in at)
     spread = Spread((Value(tuple(axes), None, example),), (tuple(wants[0]), tuple(wants[1])))
     return Parts(spread, (*free[0], *free[1]), summed, 1)
@@ -69,10 +69,6 @@ def _multiplied(solver: Solver, left: Axis, right: Axis) -> Axis:
         Factor(solver.tie(one.units, two.units), one.vanishes or two.vanishes, one.places | two.places)
         for one, two in zip(*pair, strict=True)
     )
-
-
-def _of(axis: Axis, example: bool) -> Axis:
-    return tuple(factor._replace(places=frozenset()) for factor in axis) if example else axis
 
 
 def _convolution(solver: Solver, equation: Any, values: Sequence[Value]) -> Parts:
@@ -100,7 +96,7 @@ def _convolution(solver: Solver, equation: Any, values: Sequence[Value]) -> Part
     wants[0][channels] = tuple((*grouped, *axis) for axis in read)
     wants[1][outputs], wants[1][reads] = (result,), read
     example = inputs.example or kernel.example
-    results = Value(tuple(_of(axis, example) for axis in axes), None, example)
+    results = Value(tuple(axes), None, example)
     wanted: tuple[Wanted, ...] = (tuple(wants[0]), tuple(wants[1]))
     times = math.prod(equation.invars[1].aval.shape[i] for i in taps)
     return Parts(Spread((results,), wanted), (axes[numbers.out_spec[0]], result), (read[1],), times)

@@ -101,6 +101,11 @@ def _reduced(equation: Any, value: Value, stored: Sequence[Axis], *, keeps_zero:
     return Spread((Value(axes, None, value.example),), (tuple((axis,) for axis in stored),))
 
 
+def _whole(solver: Solver, axes: Sequence[Axis]) -> Axis:
+    """What is stored of axes of one size that always stay."""
+    return tied(solver, [solver.fix(axis) for axis in axes])
+
+
 def _along(number_of: Callable[[Any], int], *, keeps_zero: Sequence[bool] = (True,)) -> Rule:
     """For primitives that mix what stands along one axis, and treat all others alike; which results keep zeros?"""
 
@@ -110,7 +115,7 @@ def _along(number_of: Callable[[Any], int], *, keeps_zero: Sequence[bool] = (Tru
         for i in range(len(values[0].axes)):
             given = [value.axes[i] for value in values]
             if i == mixed:
-                stored.append([solver.fix(axis) for axis in given][0])
+                stored.append(_whole(solver, given))
                 axes.append(filled(equation.outvars[0].aval.shape[i], KEPT))
             else:
                 stored.append(tied(solver, given))
@@ -134,7 +139,7 @@ def _window(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     axes, stored = [], []
     for i, (same, size) in enumerate(zip(trivial, equation.outvars[0].aval.shape, strict=True)):
         given = [value.axes[i] for value in values[:count]]
-        stored.append(tied(solver, given) if same else [solver.fix(axis) for axis in given][0])
+        stored.append(tied(solver, given) if same else _whole(solver, given))
         axis = tuple(factor._replace(zero=factor.zero and keeps_zero) for factor in stored[-1])
         axes.append(axis if same else filled(size, KEPT))
     result = Value(tuple(axes), None, any(value.example for value in values))
