@@ -79,7 +79,7 @@ def _items(traced: Traced, leaves: Sequence[tuple[Axis, ...]], arrays: Sequence[
     variables = traced.jaxpr.invars
     held = len(traced.carried)
     values = [Value(kept_axes(variable.aval.shape)) for variable in variables[:held]]
-    values += [Value(axes) for axes in leaves]
+    values += [Value(axes, leaf=number) for number, axes in enumerate(leaves)]
     values += [Value(kept_axes(variable.aval.shape), example=True) for variable in variables[held + len(leaves) :]]
     given = [None] * len(values) if arrays is None else [*traced.carried, *arrays]
     return [Item(value, array) for value, array in zip(values, given, strict=True)]
