@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from woodjax.structured.matching import match
 from woodjax.structured.staying import AxisPlan, GroupPlan, ImplantPlan, LeafPlan
 
 VERSION = 1
+Plans: TypeAlias = tuple[LeafPlan | None, ...]  # of each leaf of a tree
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class PrunePlan:
         Cost:
             One gather for each leaf.
         """
-        return self._mapped(lambda plan, value: value if plan is None else plan.shrink(value), tree)
+        return self._mapped(_shrunk, tree)
 
     def expand(self, tree: PyTree) -> PyTree:
         """Put what stayed back where it was, with zeros for what went.
@@ -78,8 +80,8 @@ class PrunePlan:
         small = [leaf._replace(shape=leaf.small) for leaf in self.leaves]
         whole = dict(zip(small, self.leaves, strict=True))
         pairs, structure = match(small, tree), jax.tree.structure(tree, is_leaf=is_implanted)
-        results = [value if plan is None else whole[plan].expand(value) for plan, _, value in pairs]
-        return jax.tree.unflatten(structure, results)
+        plans = tuple(None if plan is None else whole[plan] for plan, _, _ in pairs)
+        return jax.tree.unflatten(structure, _expanded(plans, [value for _, _, value in pairs]))
 
     def masks(self, tree: PyTree) -> PyTree:
         """Full-shape masks of a tree: the network that has them is the one that `shrink` makes smaller.
@@ -94,9 +96,7 @@ class PrunePlan:
         Raises:
             ValueError: A leaf of the network with another shape.
         """
-        return self._mapped(
-            lambda plan, value: jnp.ones(jnp.shape(value), bool) if plan is None else jnp.asarray(plan.mask()), tree
-        )
+        return self._mapped(_masks, tree)
 
     def then(self, later: "PrunePlan") -> "PrunePlan":
         """One plan for two: this one, and one for the network that it leaves.
@@ -169,9 +169,37 @@ class PrunePlan:
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"No plan that PrunePlan.to_json wrote: {error!r}.") from error
 
-    def _mapped(self, function: Callable[[LeafPlan | None, Any], Any], tree: PyTree) -> PyTree:
-        results = [function(plan, value) for plan, _, value in match(self.leaves, tree)]
+    def _mapped(self, function: Callable[[Plans, list[Any]], list[Any]], tree: PyTree) -> PyTree:
+        pairs = match(self.leaves, tree)
+        results = function(tuple(plan for plan, _, _ in pairs), [value for _, _, value in pairs])
         return jax.tree.unflatten(jax.tree.structure(tree), results)
+
+
+@partial(jax.jit, static_argnums=0)
+def _gathered(plans: tuple[LeafPlan, ...], values: list[Any]) -> list[Any]:
+    return [plan.shrink(value) for plan, value in zip(plans, values, strict=True)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _scattered(plans: tuple[LeafPlan, ...], values: list[Any]) -> list[Any]:
+    return [plan.expand(value) for plan, value in zip(plans, values, strict=True)]
+
+
+def _of_network(function: Callable[..., list[Any]], plans: Plans, values: list[Any]) -> list[Any]:
+    """One program for all leaves that are of the network; the others stay as they are."""
+    known = [(plan, value) for plan, value in zip(plans, values, strict=True) if plan is not None]
+    results = iter(function(tuple(plan for plan, _ in known), [value for _, value in known]))
+    return [value if plan is None else next(results) for plan, value in zip(plans, values, strict=True)]
+
+
+_shrunk, _expanded = partial(_of_network, _gathered), partial(_of_network, _scattered)
+
+
+def _masks(plans: Plans, values: list[Any]) -> list[Any]:
+    return [
+        jnp.asarray(np.ones(jnp.shape(value), bool) if plan is None else plan.mask())
+        for plan, value in zip(plans, values, strict=True)
+    ]
 
 
 def _tuples(found: Any) -> Any:
