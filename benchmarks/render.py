@@ -18,6 +18,7 @@ import render_inverse_quality
 import render_limited_data
 import render_overhead
 import render_pai
+import render_structured
 from matplotlib.figure import Figure
 from records import read
 
@@ -33,6 +34,7 @@ OTHERS = {
     "inverse_quality": render_inverse_quality,
     "limited_data": render_limited_data,
     "pai": render_pai,
+    "structured": render_structured,
     "transform_overhead": render_overhead,
 }
 README = Path(__file__).parent.parent / "README.md"

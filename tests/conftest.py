@@ -11,10 +11,20 @@ import hypothesis
 import jax
 import pytest
 
+FEW = 5
 # Compilation of a new shape takes longer than hypothesis allows an example by default.
 hypothesis.settings.register_profile("woodjax", deadline=None, max_examples=25, derandomize=True)
-hypothesis.settings.register_profile("few", deadline=None, max_examples=5, derandomize=True)  # the second run of CI
+hypothesis.settings.register_profile("few", deadline=None, max_examples=FEW, derandomize=True)  # the second run of CI
 hypothesis.settings.load_profile("woodjax")
+
+
+def pytest_collection_modifyitems(items):
+    if hypothesis.settings().max_examples != FEW:
+        return
+    for item in items:  # tests that say how many they want, too
+        chosen = getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None)
+        if chosen is not None and chosen.max_examples > FEW:
+            item.obj._hypothesis_internal_use_settings = hypothesis.settings(chosen, max_examples=FEW)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.newest  # 300 steps each; test_transform_frameworks doe
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 AT_INIT = next(block for block in BLOCKS if "prune_at_init" in block)
+SMALLER = next(block for block in BLOCKS if "channel_groups" in block)
 NNX, LINEN = (next(b for b in BLOCKS if "prune_transform" in b and word in b) for word in ("nnx.jit", "TrainState"))
 
 
@@ -52,3 +53,15 @@ def test_before_training():
     kernels = [(params[layer]["kernel"], leaves["kernel"]) for layer, leaves in names["masks"].items()]
     assert sum(int((~mask).sum()) for _, mask in kernels) == round(0.9 * (64 * 64 + 64 * 32))
     assert all((kernel[~mask] == 0).all() and (kernel[mask] != 0).all() for kernel, mask in kernels)
+
+
+def test_smaller_networks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, lines = run(SMALLER)
+    macs, left, accuracy = re.fullmatch(r"([\d,]+) multiply-adds, ([\d,]+) left, test accuracy (.*)", lines[0]).groups()
+    assert macs == "6,464"
+    assert 0 < int(left.replace(",", "")) <= 6464 // 4
+    assert float(accuracy) > 0.85
+    small, plan = wj.load_pruned("small.safetensors")
+    assert plan == names["plan"]
+    assert small["fc1"]["kernel"].shape == (64, int(plan.kept["fc1/kernel"].sum()))

@@ -1,7 +1,7 @@
 """Reading the program (jaxpr) of a function: what every reader of one shares."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,22 @@ def has_products(jaxpr: Any) -> bool:
         equation.primitive.name in PRODUCTS or any(map(has_products, inner_programs(equation)))
         for equation in jaxpr.eqns
     )
+
+
+def bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
+    """Run an equation.
+
+    Args:
+        equation: Of a jaxpr.
+        operands: What it runs on.
+
+    Returns:
+        Its results.
+    """
+    made = equation.primitive.get_bind_params(equation.params)
+    functions, params = made if isinstance(made, tuple) else ((), made)  # a pair in older releases of JAX
+    results = equation.primitive.bind(*functions, *operands, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
 
 
 def multiply_adds(equation: Any) -> int:

@@ -16,6 +16,7 @@ from jax.extend.core import Literal
 from jaxtyping import Array, Float
 
 from woodjax.gradients import LossRow
+from woodjax.programs import bind
 from woodjax.typing import Batch, LossFn, Params
 
 CALLS = ("pjit", "jit", "closed_call")  # primitives that only wrap a program
@@ -120,7 +121,7 @@ def _run(
             results = _run(inner.jaxpr, inner.consts, operands, leaves, tap, uses)
         else:
             uses.update(leaf for leaf in leaves if leaf is not None)
-            results = _bind(equation, operands)
+            results = bind(equation, operands)
             kernel = _kernel(equation, operands, leaves)
             if kernel is not None:
                 results = [tap(kernel, operands[0], results[0])]
@@ -137,10 +138,3 @@ def _kernel(equation: Any, operands: Sequence[Any], leaves: Sequence[int | None]
     value, kernel = operands
     fits = kernel.ndim == 2 and tuple(contracted) == (0,) and not batch[0] and value.size == kernel.shape[0]
     return leaves[1] if fits else None
-
-
-def _bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
-    made = equation.primitive.get_bind_params(equation.params)
-    functions, params = made if isinstance(made, tuple) else ((), made)  # a pair in older releases of JAX
-    results = equation.primitive.bind(*functions, *operands, **params)
-    return list(results) if equation.primitive.multiple_results else [results]

@@ -6,6 +6,7 @@ from woodjax.structured.implants import ImplantedKernel
 from woodjax.structured.joint import joint_gate_scores
 from woodjax.structured.plan import PrunePlan, make_plan
 from woodjax.structured.reads import gate_channels
+from woodjax.structured.rebuilt import check_rebuilt
 from woodjax.structured.reconstruction import InputMoments, input_moments, reconstruct_channels
 from woodjax.structured.restrict import shrink_groups
 from woodjax.structured.scores import (
@@ -31,6 +32,7 @@ __all__ = [
     "ShrunkNetwork",
     "bn_scale_scores",
     "channel_groups",
+    "check_rebuilt",
     "compensate_channels",
     "gate_channels",
     "gate_scores",

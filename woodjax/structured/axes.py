@@ -5,6 +5,7 @@ of factors, row by row; `()` is an axis of size one. Of a factor it is known whe
 are removed: only then may it be summed over.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,12 +24,17 @@ class Factor(NamedTuple):
 
     units: Units
     zero: bool  # is the value zero where they are removed?
-    places: frozenset[Place] = frozenset()  # axes of leaves that it comes from, unless the inputs are in it
+    places: frozenset[Place] = frozenset()  # axes of leaves that it comes from, unless the inputs are in the value
 
     @property
     def size(self) -> int:
         """Number of indices."""
         return len(self.units)
+
+    @property
+    def vanishes(self) -> bool:
+        """Is the value zero where the units are removed, rather than the same all along?"""
+        return self.zero and not (self.units == FREE).any()
 
 
 Axis: TypeAlias = tuple[Factor, ...]
@@ -40,6 +46,14 @@ class Value(NamedTuple):
     axes: tuple[Axis, ...]
     constant: Any = None  # the number that it is everywhere
     example: bool = False  # is it made of the inputs?
+    leaf: int | None = None  # the number of the leaf that it is, unchanged
+
+    def made_by(self, leaf: int | None) -> "Value":
+        """What is known of a result, that is a leaf or none, and of no place in one if the inputs are in it."""
+        if not self.example:
+            return self._replace(leaf=leaf)
+        axes = tuple(tuple(factor._replace(places=frozenset()) for factor in axis) for axis in self.axes)
+        return self._replace(axes=axes, leaf=leaf)
 
 
 def size_of(axis: Axis) -> int:
@@ -65,6 +79,18 @@ def filled(size: int, unit: int) -> Axis:
         The axis; without factors if its size is one.
     """
     return (Factor(np.full(size, unit), zero=True),) if size != 1 else ()
+
+
+def kept_axes(shape: Sequence[int]) -> tuple[Axis, ...]:
+    """Axes that always stay.
+
+    Args:
+        shape: Their sizes.
+
+    Returns:
+        The axes.
+    """
+    return tuple(filled(size, KEPT) for size in shape)
 
 
 def suffixes(axis: Axis) -> list[int]:

@@ -154,11 +154,13 @@ class ChannelGroups:
         kernels = {kernel.path: kernel for kernel in self.kernels}
         total = 0
         for leaf in self.leaves:
-            counts = [math.prod(_left(factor, units) for factor in axis) for axis in leaf.axes]
+            counts = [math.prod(_count(factor, units) for factor in axis) for axis in leaf.axes]
             total += math.prod(counts)
             if leaf.path in kernels:
                 kernel = kernels[leaf.path]
-                replaced = sum(_left(factor, units & implants, fixed=False) for factor in leaf.axes[kernel.outputs])
+                replaced = counts[kernel.outputs] - math.prod(
+                    _count(factor, units & ~implants) for factor in leaf.axes[kernel.outputs]
+                )
                 places = math.prod(counts[i] for i in kernel.places)
                 total -= replaced * counts[kernel.inputs] * (places - 1)
         return total
@@ -176,12 +178,10 @@ class ChannelGroups:
         units, implants = self.kept_units(kept), self.implanted_units(implanted)
         total = 0
         for part in self.products:
-            whole = math.prod(_left(factor, units) for factor in part.written)
-            replaced = 0
-            if part.taps > 1:
-                replaced = sum(_left(factor, units & implants, fixed=False) for factor in part.written)
+            whole = math.prod(_count(factor, units) for factor in part.written)
+            replaced = whole - math.prod(_count(factor, units & ~implants) for factor in part.written)
             outputs = (whole - replaced) * part.taps + replaced
-            total += part.times // part.taps * outputs * math.prod(_left(factor, units) for factor in part.factors)
+            total += part.times // part.taps * outputs * math.prod(_count(factor, units) for factor in part.factors)
         return total
 
     def implanted_units(self, implanted: Kept | None) -> Bool[np.ndarray, " units"]:
@@ -240,10 +240,6 @@ class ChannelGroups:
         return self.sums(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), tree), roles)
 
 
-def _left(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"], *, fixed: bool = True) -> int:
-    return int(np.count_nonzero(np.append(units, fixed)[factor]))  # FIXED is the last
-
-
 def stays(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -> Bool[np.ndarray, " size"]:
     """Which indices of a factor stay.
 
@@ -255,3 +251,7 @@ def stays(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -
         Bool for each index.
     """
     return np.append(units, True)[factor]  # FIXED is the last
+
+
+def _count(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -> int:
+    return int(np.count_nonzero(stays(factor, units)))

@@ -117,7 +117,12 @@ class _Products(NamedTuple):
     costs: list[_Cost]
 
     def add(self, equation: Any, values: Sequence[Value], times: int) -> None:
-        """Note a product that runs `times` times."""
+        """Note a product that runs `times` times, or a look-up, which writes as a product with unit vectors does."""
+        if equation.primitive.name == "gather":
+            if values[1].example and not values[0].example:
+                for place in (place for axis in values[0].axes for factor in axis for place in factor.places):
+                    self.roles.setdefault(place, "out")
+            return
         parts = parts_of(self.reading.solver, equation, values)
         for axes, role in ((parts.free, "out"), (parts.summed, "in")):
             for place in (place for axis in axes for factor in axis for place in factor.places):
@@ -150,15 +155,11 @@ def kernel_of(
     Returns:
         Number and description of the leaf, or None.
     """
-    places = [{place for factor in axis for place in factor.places} for axis in kernel.axes]
-    holders = {leaf for found in places for leaf, _ in found}
     outputs, inputs, *taps = equation.params["dimension_numbers"].rhs_spec
     shape = equation.invars[1].aval.shape
-    if len(holders) != 1 or equation.params["feature_group_count"] != 1 or all(shape[i] == 1 for i in taps):
+    if kernel.leaf is None or equation.params["feature_group_count"] != 1 or all(shape[i] == 1 for i in taps):
         return None
-    (leaf,) = holders
-    same = all(found <= {(leaf, i)} for i, found in enumerate(places)) and leaves[leaf][1] == shape
-    return (leaf, ConvKernel(leaves[leaf][0], outputs, inputs, tuple(taps))) if same else None
+    return kernel.leaf, ConvKernel(leaves[kernel.leaf][0], outputs, inputs, tuple(taps))
 
 
 def _assembled(reading: Reading, products: _Products) -> ChannelGroups:

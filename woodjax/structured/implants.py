@@ -58,6 +58,11 @@ class ImplantedKernel:
         implants = np.isin(np.arange(self.shape[self.outputs]), self.at)
         return np.argsort(np.argsort(implants, kind="stable"), kind="stable")
 
+    def fits(self, equation: Any) -> bool:
+        """Does a convolution use the axes of the kernel as the one does that it was made for?"""
+        outputs, _, *places = equation.params["dimension_numbers"].rhs_spec
+        return (outputs, tuple(places)) == (self.outputs, self.places)
+
     def dense(self) -> Float[Array, "..."]:
         """The kernel that it stands for, with zeros around the centre of implants."""
         implant = self.implant

@@ -1,127 +1,22 @@
 """A plan of what stays: applied to every tree of the network alike, and written as JSON."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree, Shaped
+from jaxtyping import Bool, Int, PyTree
 
-from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, Kept, stays
+from woodjax.structured.channels import ChannelGroup, ChannelGroups, Kept, stays
 from woodjax.structured.find import Streams, Unknown
-from woodjax.structured.implants import ImplantedKernel, is_implanted, split_kernel
+from woodjax.structured.implants import is_implanted
 from woodjax.structured.matching import match
+from woodjax.structured.staying import AxisPlan, GroupPlan, ImplantPlan, LeafPlan
 
 VERSION = 1
-
-
-class AxisPlan(NamedTuple):
-    """What stays of an axis: the product of what stays of its factors."""
-
-    sizes: tuple[int, ...]
-    kept: tuple[tuple[int, ...] | None, ...]  # indices of each factor; None is all
-
-    def indices(self) -> np.ndarray | None:
-        """Indices along the whole axis, or None if all stay."""
-        if all(kept is None for kept in self.kept):
-            return None
-        masks = np.ones(1, bool)
-        for size, kept in zip(self.sizes, self.kept, strict=True):
-            mask = np.ones(size, bool) if kept is None else np.isin(np.arange(size), kept)
-            masks = np.logical_and.outer(masks, mask).reshape(-1)
-        return np.flatnonzero(masks)
-
-    def then(self, later: "AxisPlan") -> "AxisPlan":
-        """This, and then what is left of that."""
-        return AxisPlan(self.sizes, tuple(map(_after, self.kept, later.kept)))
-
-
-def _after(first: tuple[int, ...] | None, later: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    if first is None or later is None:
-        return first if later is None else later
-    return tuple(first[i] for i in later)
-
-
-class ImplantPlan(NamedTuple):
-    """Which outputs of a kernel are implants."""
-
-    outputs: int  # axis
-    places: tuple[int, ...]  # axes
-    at: tuple[int, ...]  # among the outputs that stay
-
-
-class LeafPlan(NamedTuple):
-    """What stays of a leaf."""
-
-    path: str
-    shape: tuple[int, ...]  # of the whole leaf
-    axes: tuple[AxisPlan, ...]
-    implants: ImplantPlan | None = None
-
-    @property
-    def small(self) -> tuple[int, ...]:
-        """Shape of what stays."""
-        found = [axis.indices() for axis in self.axes]
-        return tuple(size if at is None else len(at) for size, at in zip(self.shape, found, strict=True))
-
-    def shrink(self, value: Shaped[Array, "..."]) -> Any:
-        """What stays of the leaf, or of an array of its shape."""
-        for i, axis in enumerate(self.axes):
-            at = axis.indices()
-            if at is not None:
-                value = jnp.take(value, at, axis=i)
-        return value if self.implants is None else split_kernel(value, *self.implants)
-
-    def expand(self, value: Any) -> Shaped[Array, "..."]:
-        """The whole leaf, with zeros for what went."""
-        value = value.dense() if isinstance(value, ImplantedKernel) else value
-        for i, axis in enumerate(self.axes):
-            at = axis.indices()
-            if at is not None:
-                shape = (*value.shape[:i], self.shape[i], *value.shape[i + 1 :])
-                value = jnp.zeros(shape, value.dtype).at[(slice(None),) * i + (at,)].set(value, unique_indices=True)
-        return value
-
-    def mask(self) -> Bool[np.ndarray, "..."]:
-        """Where the leaf stays."""
-        mask = np.ones(self.shape, bool)
-        for i, axis in enumerate(self.axes):
-            at = axis.indices()
-            if at is not None:
-                mask &= _along(np.isin(np.arange(mask.shape[i]), at), i, mask.ndim)
-        if self.implants is not None:
-            outputs, places, at = self.implants
-            kept = self.axes[outputs].indices()
-            replaced = np.array(at) if kept is None else kept[np.array(at)]
-            centre = np.ones(self.shape, bool)
-            for i in places:
-                size = mask.shape[i]
-                centre &= _along(np.arange(size) == (size - 1) // 2, i, mask.ndim)
-            mask &= centre | ~_along(np.isin(np.arange(mask.shape[outputs]), replaced), outputs, mask.ndim)
-        return mask
-
-
-def _along(mask: Bool[np.ndarray, " n"], axis: int, ndim: int) -> Bool[np.ndarray, "..."]:
-    return mask.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
-class GroupPlan(NamedTuple):
-    """What stays of a group."""
-
-    name: str
-    size: int  # of the whole group
-    kept: tuple[int, ...]
-    implanted: tuple[int, ...]  # those of them whose kernels have implants
-
-    def then(self, later: "GroupPlan | None") -> "GroupPlan":
-        """This, and then what is left of that."""
-        if later is None:
-            return self
-        kept, implanted = (tuple(self.kept[i] for i in indices) for indices in (later.kept, later.implanted))
-        return self._replace(kept=kept, implanted=implanted)
 
 
 @dataclass(frozen=True)
@@ -141,9 +36,14 @@ class PrunePlan:
     unknown: Unknown
 
     @property
-    def kept(self) -> dict[str, np.ndarray]:
-        """Indices that stay of each group."""
-        return {group.name: np.array(group.kept, int) for group in self.groups}
+    def kept(self) -> dict[str, Bool[np.ndarray, " n"]]:
+        """Which channels of each group stay."""
+        return {group.name: np.isin(np.arange(group.size), group.kept) for group in self.groups}
+
+    @property
+    def implanted(self) -> dict[str, Bool[np.ndarray, " n"]]:
+        """Which of them have implants."""
+        return {group.name: np.isin(np.arange(group.size), group.implanted) for group in self.groups}
 
     def shrink(self, tree: PyTree) -> PyTree:
         """Take what stays out of a tree: variables, masks, or the state of an optimizer.
@@ -210,7 +110,7 @@ class PrunePlan:
         Raises:
             ValueError: Implants in this plan; a later plan that is not for the network that it leaves.
         """
-        if self.implanted:
+        if self.has_implants:
             raise ValueError("The first plan has implants: a network with implants is not pruned further.")
         if [leaf.small for leaf in self.leaves] != [leaf.shape for leaf in later.leaves]:
             raise ValueError("The later plan is not for the network that this one leaves: make it of shrink_groups.")
@@ -223,7 +123,7 @@ class PrunePlan:
         return PrunePlan(tuple(groups), tuple(leaves), self.streams, self.unknown)
 
     @property
-    def implanted(self) -> bool:
+    def has_implants(self) -> bool:
         """Does any kernel have implants?"""
         return any(leaf.implants is not None for leaf in self.leaves)
 
@@ -292,6 +192,14 @@ def _indices(masks: Kept, group: ChannelGroup, default: bool) -> tuple[int, ...]
     return tuple(map(int, np.flatnonzero(mask)))
 
 
+def _product(axis: Sequence[Int[np.ndarray, " size"]], units: Bool[np.ndarray, " units"]) -> Bool[np.ndarray, " n"]:
+    """Which indices of an axis stay, of which each of its factors has one."""
+    found = np.ones(1, bool)
+    for factor in axis:
+        found = np.logical_and.outer(found, stays(factor, units)).reshape(-1)
+    return found
+
+
 def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) -> PrunePlan:
     """Plan what stays of every leaf, from what stays of every group.
 
@@ -334,8 +242,8 @@ def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) 
         plan = None
         if leaf.path in kernels:
             kernel = kernels[leaf.path]
-            (factor,) = leaf.axes[kernel.outputs] or (np.full(1, FIXED),)
-            at = np.flatnonzero(np.append(implants, False)[factor][stays(factor, units)])
+            whole, full = (_product(leaf.axes[kernel.outputs], left) for left in (units, units & ~implants))
+            at = np.flatnonzero(~full[whole])
             if len(at):
                 plan = ImplantPlan(kernel.outputs, kernel.places, tuple(map(int, at)))
         leaves.append(LeafPlan(leaf.path, leaf.shape, tuple(axes), plan))

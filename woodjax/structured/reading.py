@@ -1,17 +1,17 @@
 """The program of a network, read until all its axes are cut where it needs them cut."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, PyTree
 
-from woodjax.structured.axes import KEPT, Axis, Place, Value, filled
+from woodjax.structured.axes import Axis, Place, Value, kept_axes
 from woodjax.structured.solver import Solver
 from woodjax.structured.walk import Item, Walk
 from woodjax.tree import path_name
-from woodjax.typing import ApplyFn, Batch
+from woodjax.typing import Batch
 
 
 class Traced(NamedTuple):
@@ -22,10 +22,10 @@ class Traced(NamedTuple):
     carried: Sequence[Any]  # arrays that the function holds: the first inputs of the program
     leaves: tuple[tuple[str, tuple[int, ...]], ...]  # path and shape, the next inputs
     inputs: int  # how many of them are behind
-    result: Any  # tree of what it returns
+    result: Any  # shapes of what it returns
 
     @classmethod
-    def of(cls, apply_fn: ApplyFn, variables: PyTree, inputs: Batch) -> "Traced":
+    def of(cls, apply_fn: Callable[[PyTree, Batch], Any], variables: PyTree, inputs: Batch) -> "Traced":
         """Trace a network.
 
         Args:
@@ -52,7 +52,7 @@ class Traced(NamedTuple):
         paths = jax.tree_util.tree_leaves_with_path(variables)
         leaves = tuple((path_name(path), tuple(np.shape(leaf))) for path, leaf in paths)
         number = len(jax.tree.leaves(inputs))
-        return cls(program.jaxpr, program.consts, carried, leaves, number, jax.tree.structure(result))
+        return cls(program.jaxpr, program.consts, carried, leaves, number, result)
 
 
 class Reading(NamedTuple):
@@ -78,19 +78,20 @@ class Reading(NamedTuple):
 def _items(traced: Traced, leaves: Sequence[tuple[Axis, ...]], arrays: Sequence[Any] | None) -> list[Item]:
     variables = traced.jaxpr.invars
     held = len(traced.carried)
-    values = [Value(_kept(variable)) for variable in variables[:held]]
-    values += [Value(axes) for axes in leaves]
-    values += [Value(_kept(variable), example=True) for variable in variables[held + len(leaves) :]]
+    values = [Value(kept_axes(variable.aval.shape)) for variable in variables[:held]]
+    values += [Value(axes, leaf=number) for number, axes in enumerate(leaves)]
+    values += [Value(kept_axes(variable.aval.shape), example=True) for variable in variables[held + len(leaves) :]]
     given = [None] * len(values) if arrays is None else [*traced.carried, *arrays]
     return [Item(value, array) for value, array in zip(values, given, strict=True)]
 
 
-def _kept(variable: Any) -> tuple[Axis, ...]:
-    return tuple(filled(size, KEPT) for size in variable.aval.shape)
-
-
 def read_program(
-    traced: Traced, *, union: bool, barriers: bool, cuts: Mapping[Place, frozenset[int]] | None = None
+    traced: Traced,
+    *,
+    union: bool,
+    barriers: bool,
+    cuts: Mapping[Place, frozenset[int]] | None = None,
+    whole: int | None = None,
 ) -> Reading:
     """Find what goes together in a program.
 
@@ -99,6 +100,7 @@ def read_program(
         union: Do sums keep what any of their terms keeps?
         barriers: Do primitives that are not known keep everything?
         cuts: Known cuts of the axes of leaves.
+        whole: How many of the outputs keep all their indices, the first ones; None for all.
 
     Returns:
         The reading, after which no unit is tied any more.
@@ -118,7 +120,7 @@ def read_program(
             place: known.get(place, frozenset()) | frozenset(solver.asked.get(place, ()))
             for place in {*known, *solver.asked}
         }
-    for item in outputs:
+    for item in outputs[:whole]:
         for axis in item.value.axes:
             solver.fix(axis)
     return Reading(traced, solver, leaves, walk)

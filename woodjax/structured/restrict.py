@@ -34,12 +34,11 @@ def shrink_groups(groups: ChannelGroups, plan: PrunePlan) -> ChannelGroups:
         >>> plan = wj.make_plan(groups, {"hidden": np.array([True, False, False, True])})
         >>> later = wj.make_plan(wj.shrink_groups(groups, plan), {"hidden": np.array([False, True])})
         >>> plan.then(later).kept["hidden"].tolist()
-        [3]
+        [False, False, False, True]
     """
-    if plan.implanted:
+    if plan.has_implants:
         raise ValueError("The plan has implants: a network with implants is not pruned further.")
-    kept = {name: np.isin(np.arange(groups[name].size), at) for name, at in plan.kept.items()}
-    units = groups.kept_units(kept)
+    units = groups.kept_units(plan.kept)
     number = np.append(np.cumsum(units) - 1, FIXED)
 
     def left(factor: Int[np.ndarray, " size"]) -> Int[np.ndarray, " left"]:
@@ -47,7 +46,7 @@ def shrink_groups(groups: ChannelGroups, plan: PrunePlan) -> ChannelGroups:
 
     smaller, start = [], 0
     for group in groups.groups:
-        size = len(plan.kept[group.name])
+        size = int(plan.kept[group.name].sum())
         smaller.append(group._replace(start=start, size=size))
         start += size
     leaves = tuple(

@@ -15,6 +15,8 @@ from woodjax.structured.rules import Counts, Spread
 from woodjax.structured.rules.rule import Wanted
 from woodjax.structured.solver import Solver
 
+UNCHANGED = ("convert_element_type", "copy", "copy_p", "stop_gradient")  # primitives that leave a leaf what it is
+
 Watch: TypeAlias = Callable[[Any, Sequence[Value], Sequence[Array], Sequence[Array]], None]
 
 
@@ -88,7 +90,7 @@ class Running:
         name = equation.primitive.name
         if name == "conv_general_dilated" and equation.params["feature_group_count"] == 1:
             inputs, kernel = items
-            if isinstance(kernel.array, ImplantedKernel):
+            if isinstance(kernel.array, ImplantedKernel) and kernel.array.fits(equation):
                 given = self.fit(inputs.array, inputs.value, spread.wanted[0])
                 reads = equation.params["dimension_numbers"].rhs_spec[1]
                 wanted = tuple(
@@ -97,12 +99,9 @@ class Running:
                 )
                 read = kernel.array.map_outer(lambda part: self.fit(part, kernel.value, wanted))
                 return [convolve(equation, given, read)]
-        if name in ("convert_element_type", "copy", "stop_gradient", "copy_p"):
+        if name in UNCHANGED:
             return [jax.tree.map(lambda part: equation.primitive.bind(part, **equation.params), items[0].array)]
-        dense = [
-            item._replace(array=item.array.dense()) if isinstance(item.array, ImplantedKernel) else item
-            for item in items
-        ]
+        dense = [item._replace(array=_dense(item.array)) for item in items]
         return self.run(equation, dense, spread, params)
 
     def fit(self, array: Array, value: Value, wanted: Wanted) -> Array:
@@ -138,7 +137,11 @@ class Running:
         Returns:
             The array with the axes of the other.
         """
-        return self.fit(item.array, item.value, tuple((axis,) for axis in value.axes))
+        return self.fit(_dense(item.array), item.value, tuple((axis,) for axis in value.axes))
+
+
+def _dense(array: Any) -> Any:
+    return array.dense() if isinstance(array, ImplantedKernel) else array
 
 
 def _taken(array: Array, stored: Bool[np.ndarray, " n"], asked: Bool[np.ndarray, " n"], axis: int) -> Array:

@@ -36,8 +36,8 @@ def select_channels(
         groups: Of the network.
         scores: For each group `[n]`, low = goes first, `+inf` = never. Groups that are left out stay whole. Ties go by
             the order of groups and channels.
-        ratio: Budget: fraction of all channels to remove, exactly `round(ratio · channels)` of them; with implants,
-            those that get one are among them.
+        ratio: Budget: fraction of the channels with scores to remove, exactly `round(ratio · channels)` of them; with
+            implants, those that get one are among them.
         parameters: Budget: at most this fraction of the numbers in the variables, or this many if above 1.
         macs: Budget: at most this fraction of the multiply-adds, or this many if above 1.
         cost: Budget: a function of what stays and what has implants, such as a latency measured on a device, and its
@@ -87,10 +87,11 @@ def select_channels(
     if ratio is not None:
         if not 0 <= ratio <= 1:
             raise ValueError(f"ratio is {ratio}: expected a fraction of the channels between 0 and 1.")
-        count = round(ratio * groups.num_channels)
+        scored = sum(groups[name].size for name in scores)
+        count = round(ratio * scored)
         if count > len(order):
             raise ValueError(
-                f"ratio is {ratio}, {count} of {groups.num_channels} channels: max_ratio={max_ratio}, one channel that "
+                f"ratio is {ratio}, {count} of {scored} channels: max_ratio={max_ratio}, one channel that "
                 f"every group keeps and scores of +inf leave {len(order)} to remove."
             )
         return first(count)

@@ -1,5 +1,6 @@
 """A network that runs on what stays of its variables, whatever its code says of widths."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,22 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from woodjax.structured.axes import KEPT, filled
+from woodjax.structured.axes import KEPT, Place, Value, kept_axes
 from woodjax.structured.implants import is_implanted
+from woodjax.structured.matching import match
 from woodjax.structured.plan import PrunePlan
 from woodjax.structured.reading import Reading, Traced, read_program, staying
 from woodjax.structured.running import Running
+from woodjax.structured.staying import LeafPlan
 from woodjax.structured.walk import Walk
-from woodjax.tree import path_name
-from woodjax.typing import ApplyFn, Batch
+from woodjax.typing import Batch
 
 
 @dataclass(frozen=True)
 class ShrunkNetwork:
     """`network(variables, inputs)` on the variables that a plan leaves. Made by `shrunk_network`."""
 
-    apply_fn: ApplyFn
+    apply_fn: Callable[[PyTree, Batch], Any]
     plan: PrunePlan
+    updates: bool = False
 
     def __call__(self, variables: PyTree, inputs: Batch) -> Any:
         """Run the network.
@@ -38,50 +41,71 @@ class ShrunkNetwork:
         Raises:
             ValueError: Variables that the plan does not leave.
         """
-        paths, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_implanted)
-        plans = {plan.path: plan for plan in self.plan.leaves}
-        whole = []
-        for path, leaf in paths:
-            plan = plans.get(path_name(path))
-            if plan is None or tuple(leaf.shape) != plan.small:
-                raise ValueError(
-                    f"Leaf '{path_name(path)}' has shape {tuple(leaf.shape)}, expected "
-                    f"{None if plan is None else plan.small}: pass plan.shrink(variables)."
-                )
-            whole.append(jax.ShapeDtypeStruct(plan.shape, leaf.dtype))
-        full = jax.tree.unflatten(structure, whole)
+        small = [leaf._replace(shape=leaf.small) for leaf in self.plan.leaves]
+        whole = dict(zip(small, self.plan.leaves, strict=True))
+        found = match(small, variables)
+        missing = {leaf.path for leaf in small} - {leaf.path for leaf, _, _ in found if leaf is not None}
+        if missing:
+            raise ValueError(f"Variables without the leaves {sorted(missing)}: pass plan.shrink(variables).")
+        plans = [None if leaf is None else whole[leaf] for leaf, _, _ in found]
+        shapes = [
+            jax.ShapeDtypeStruct(jnp.shape(leaf) if plan is None else plan.shape, leaf.dtype)
+            for plan, (_, _, leaf) in zip(plans, found, strict=True)
+        ]
+        full = jax.tree.unflatten(jax.tree.structure(variables, is_leaf=is_implanted), shapes)
         traced = Traced.of(self.apply_fn, full, inputs)
-        cuts = {}
-        for i, plan in enumerate(self.plan.leaves):
-            for k, axis in enumerate(plan.axes):
-                behind = [int(np.prod(axis.sizes[j:])) for j in range(1, len(axis.sizes))]
-                if behind:
-                    cuts[i, k] = frozenset(behind)
-        barriers = self.plan.unknown == "barrier"
-        reading = read_program(traced, union=self.plan.streams == "union", barriers=barriers, cuts=cuts)
-        running = Running(reading.solver, staying(reading.solver, self._independent(reading)))
+        union, barriers = self.plan.streams == "union", self.plan.unknown == "barrier"
+        outputs = len(jax.tree.leaves(traced.result[0])) if self.updates else None
+        reading = read_program(traced, union=union, barriers=barriers, cuts=_cuts(plans), whole=outputs)
+        running = Running(reading.solver, staying(reading.solver, _independent(reading, plans)))
         walk = Walk(reading.solver, barriers=barriers, running=running)
-        arrays = [a if is_implanted(a) else jnp.asarray(a) for a in (*(a for _, a in paths), *jax.tree.leaves(inputs))]
-        outputs = walk.program(traced.jaxpr, traced.consts, reading.items(arrays))
-        results = []
-        for item, variable in zip(outputs, traced.jaxpr.outvars, strict=True):
-            full_axes = tuple((filled(size, KEPT),) for size in variable.aval.shape)
-            results.append(running.fit(item.array, item.value, full_axes))
-        return jax.tree.unflatten(traced.result, results)
+        arrays = [leaf for _, _, leaf in found] + [jnp.asarray(leaf) for leaf in jax.tree.leaves(inputs)]
+        results = walk.program(traced.jaxpr, traced.consts, reading.items(arrays))
+        wanted = self._wanted(traced, reading)
+        fitted = [running.fitted(item, value) for item, value in zip(results, wanted, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(traced.result), fitted)
 
-    def _independent(self, reading: Reading) -> dict[int, bool]:
-        unions, found = reading.solver.unions(), {}
-        for plan, axes in zip(self.plan.leaves, reading.leaves, strict=True):
-            for axis_plan, axis in zip(plan.axes, axes, strict=True):
-                for factor, kept in zip(axis, axis_plan.kept, strict=True):
-                    roots = reading.solver.roots(factor.units)
-                    stays = np.ones(len(roots), bool) if kept is None else np.isin(np.arange(len(roots)), kept)
-                    found |= {int(r): bool(s) for r, s in zip(roots, stays, strict=True) if int(r) not in unions}
-        found[KEPT] = True
-        return found
+    def _wanted(self, traced: Traced, reading: Reading) -> list[Value]:
+        """Outputs whole, and updates as the variables are."""
+        whole = [Value(kept_axes(variable.aval.shape)) for variable in traced.jaxpr.outvars]
+        if not self.updates:
+            return whole
+        leaves = {path: Value(axes) for (path, _), axes in zip(traced.leaves, reading.leaves, strict=True)}
+        described = [LeafPlan(path, shape, ()) for path, shape in traced.leaves]
+        updates = match(described, traced.result[1])
+        first = len(whole) - len(updates)
+        for i, (leaf, _, _) in enumerate(updates):
+            if leaf is not None:
+                whole[first + i] = leaves[leaf.path]
+        return whole
 
 
-def shrunk_network(apply_fn: ApplyFn, plan: PrunePlan) -> ShrunkNetwork:
+def _cuts(plans: Sequence[LeafPlan | None]) -> dict[Place, frozenset[int]]:
+    cuts = {}
+    for i, plan in enumerate(plans):
+        for k, axis in enumerate(plan.axes if plan is not None else ()):
+            behind = [int(np.prod(axis.sizes[j:])) for j in range(1, len(axis.sizes))]
+            if behind:
+                cuts[i, k] = frozenset(behind)
+    return cuts
+
+
+def _independent(reading: Reading, plans: Sequence[LeafPlan | None]) -> dict[int, bool]:
+    """For roots that are no unions: do they stay?"""
+    unions, found = reading.solver.unions(), {}
+    for plan, axes in zip(plans, reading.leaves, strict=True):
+        for axis_plan, axis in zip(plan.axes if plan is not None else (), axes, strict=plan is not None):
+            for factor, kept in zip(axis, axis_plan.kept, strict=True):
+                roots = reading.solver.roots(factor.units)
+                stays = np.ones(len(roots), bool) if kept is None else np.isin(np.arange(len(roots)), kept)
+                found |= {int(r): bool(s) for r, s in zip(roots, stays, strict=True) if int(r) not in unions}
+    found[KEPT] = True
+    return found
+
+
+def shrunk_network(
+    apply_fn: Callable[[PyTree, Batch], Any], plan: PrunePlan, *, updates: bool = False
+) -> ShrunkNetwork:
     """The network on the variables that a plan leaves, whatever its code says of widths.
 
     The program of the whole network runs with the operands that are left: shapes, slices and groups in it are made
@@ -91,6 +115,8 @@ def shrunk_network(apply_fn: ApplyFn, plan: PrunePlan) -> ShrunkNetwork:
     Args:
         apply_fn: `apply_fn(variables, inputs)`, the network that the groups were found in.
         plan: What stays.
+        updates: Does `apply_fn` return `(outputs, updates)`, as in train mode? Updates are variables that changed,
+            batch statistics for example, found by the ends of their paths, and come back small.
 
     Returns:
         `network(small, inputs)`, a function of `plan.shrink(variables)` and a batch of any size that the network
@@ -113,4 +139,4 @@ def shrunk_network(apply_fn: ApplyFn, plan: PrunePlan) -> ShrunkNetwork:
         >>> network(plan.shrink(variables), jnp.ones((5, 3))).shape
         (5, 2)
     """
-    return ShrunkNetwork(apply_fn, plan)
+    return ShrunkNetwork(apply_fn, plan, updates)

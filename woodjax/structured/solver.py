@@ -140,15 +140,19 @@ class Solver:
             found = self.sources.pop(gone)
             self.sources.setdefault(root, []).extend(found)
 
-    def fix(self, axis: Axis) -> None:
+    def fix(self, axis: Axis) -> Axis:
         """Make all units of an axis stay.
 
         Args:
             axis: Its factors.
+
+        Returns:
+            The axis with all its indices stored, zeros too.
         """
         for factor in axis:
             units = factor.units[factor.units >= 0]
             self.tie(units, np.zeros_like(units))
+        return filled(size_of(axis), KEPT)
 
     def either(self, left: Units, right: Units) -> Units:
         """Units that stay while one of two stays, index by index.
@@ -209,9 +213,10 @@ class Solver:
             return both(np.zeros(outer, np.int64), units[0])
         if self._ask(units):
             return both(self.fresh(outer), self.fresh(inner))  # the program is read once more
-        for row in units:  # the rows stay or go as a whole
+        whole = np.where((units < 0) & (units >= 0).any(axis=1, keepdims=True), KEPT, units)
+        for row in whole:  # the rows stay or go as a whole
             self.tie(row[1:], np.full(inner - 1, row[0]))
-        return both(units[:, 0], np.zeros(inner, np.int64))
+        return both(whole[:, 0], np.zeros(inner, np.int64))
 
     def _ask(self, units: Units) -> bool:
         """Ask for a cut of the axes of leaves that units `[outer, inner]` come from; is that possible?"""
@@ -250,9 +255,7 @@ class Solver:
         size = size_of(axes[0])
         behind = sorted({*(cut for axis in axes for cut in suffixes(axis)), size})
         if any(large % small for small, large in pairwise(behind)):
-            for axis in axes:
-                self.fix(axis)
-            return [filled(size, KEPT) for _ in axes]
+            return [self.fix(axis) for axis in axes]
         return [self.cut(axis, behind[:-1]) for axis in axes]
 
     def unions(self) -> dict[int, frozenset[int]]:

@@ -16,9 +16,10 @@ from woodjax.linalg import contract
 from woodjax.structured.axes import Value
 from woodjax.structured.find import kernel_of
 from woodjax.structured.implants import ImplantedKernel, centre_padding, is_implanted
-from woodjax.structured.plan import LeafPlan, PrunePlan
+from woodjax.structured.plan import PrunePlan
 from woodjax.structured.reading import Traced, read_program
 from woodjax.structured.running import Running
+from woodjax.structured.staying import LeafPlan
 from woodjax.structured.walk import Walk
 from woodjax.tree import path_name
 from woodjax.typing import ApplyFn, Batch

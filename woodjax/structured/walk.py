@@ -8,11 +8,11 @@ import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 
-from woodjax.programs import PRODUCTS
-from woodjax.structured.axes import FREE, KEPT, Axis, Value, filled
+from woodjax.programs import PRODUCTS, bind
+from woodjax.structured.axes import FREE, KEPT, Value, filled, kept_axes
 from woodjax.structured.rules import RULES
 from woodjax.structured.rules.moves import tied
-from woodjax.structured.running import Running
+from woodjax.structured.running import UNCHANGED, Running
 from woodjax.structured.solver import Solver
 
 CONSTANT_SIZE = 2**16  # largest captured array that is looked at
@@ -32,7 +32,7 @@ class Walk:
         solver: Of the units.
         barriers: Is a primitive that is not known taken to need all its channels, rather than an error?
         running: What stays, when the program runs.
-        on_product: Called with each product, its operands and how often it runs.
+        on_product: Called with each product or look-up, its operands and how often it runs.
     """
 
     def __init__(
@@ -77,18 +77,19 @@ class Walk:
         if rule is not None:
             values = [item.value for item in items]
             spread = rule.spread(self.solver, equation, values)
-            if self._on_product is not None and name in PRODUCTS:
+            results = [value.made_by(values[0].leaf if name in UNCHANGED else None) for value in spread.results]
+            if self._on_product is not None and name in (*PRODUCTS, "gather"):
                 self._on_product(equation, values, self._times)
             if self.running is None:
-                return [Item(value) for value in spread.results]
+                return [Item(value) for value in results]
             arrays = self.running.run(equation, items, spread, rule.params)
-            return [Item(value, array) for value, array in zip(spread.results, arrays, strict=True)]
+            return [Item(value, array) for value, array in zip(results, arrays, strict=True)]
         if name == "scan":
             return self._scan(equation, items)
         if name == "cond":
             return self._cond(equation, items)
         inner = _closed_programs(equation)
-        if len(inner) == 1 and len(inner[0].jaxpr.invars) == len(items) and name != "while":
+        if len(inner) == 1 and _takes(inner[0].jaxpr, equation):
             results = self.program(inner[0].jaxpr, inner[0].consts, items)
             if _is_relu(equation, inner[0].jaxpr) and self.running is not None:  # whose derivative at zero is zero
                 return [Item(results[0].value, jax.nn.relu(items[0].array))]
@@ -105,16 +106,11 @@ class Walk:
             for axis in item.value.axes:
                 self.solver.fix(axis)
         example = any(item.value.example for item in items)
-        results = tuple(Value(_all_kept(variable), None, example) for variable in equation.outvars)
+        results = tuple(Value(kept_axes(variable.aval.shape), None, example) for variable in equation.outvars)
         if self.running is None:
             return [Item(value) for value in results]
-        given = [
-            (variable, self.running.fitted(item, Value(_all_kept(variable))))
-            for variable, item in zip(equation.invars, items, strict=True)
-            if not isinstance(variable, core.Literal)
-        ]
-        alone = core.Jaxpr((), [variable for variable, _ in given], equation.outvars, [equation])
-        arrays = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*(array for _, array in given))
+        whole = [Value(kept_axes(variable.aval.shape)) for variable in equation.invars]
+        arrays = bind(equation, [self.running.fitted(item, value) for item, value in zip(items, whole, strict=True)])
         return [Item(value, array) for value, array in zip(results, arrays, strict=True)]
 
     def _scan(self, equation: Any, items: list[Item]) -> list[Item]:
@@ -123,9 +119,9 @@ class Walk:
         consts, start, stacked = items[:first], items[first:last], items[last:]
         for item in stacked:
             self.solver.fix(item.value.axes[0])
-        slices = [Item(item.value._replace(axes=item.value.axes[1:], constant=None)) for item in stacked]
+        slices = [Item(item.value._replace(axes=item.value.axes[1:], constant=None, leaf=None)) for item in stacked]
         quiet = Walk(self.solver, barriers=self.barriers)
-        carry = [item.value for item in start]
+        carry = [item.value._replace(leaf=None) for item in start]
         inputs = [Item(item.value) for item in consts]
         while True:  # what a step hands to the next one
             after = quiet.program(body.jaxpr, body.consts, [*inputs, *map(Item, carry), *slices])[: len(carry)]
@@ -153,7 +149,7 @@ class Walk:
 
         begin = [fitted(item, value) for item, value in zip(start, carry, strict=True)]
         options = {name: equation.params[name] for name in ("reverse", "unroll")}
-        arrays = lax.scan(step, begin, [item.array for item in stacked], length, **options)
+        arrays = lax.scan(step, begin, [fitted(item, item.value) for item in stacked], length, **options)
         return [Item(value, array) for value, array in zip(results, [*arrays[0], *arrays[1]], strict=True)]
 
     def _cond(self, equation: Any, items: list[Item]) -> list[Item]:
@@ -196,10 +192,6 @@ class Walk:
         )
 
 
-def _all_kept(variable: Any) -> tuple[Axis, ...]:
-    return tuple(filled(size, KEPT) for size in variable.aval.shape)
-
-
 def _captured(array: Any) -> Item:
     constant = None
     if isinstance(array, np.ndarray | np.generic | float | int | bool) and np.size(array) <= CONSTANT_SIZE:
@@ -219,6 +211,13 @@ def _closed_programs(equation: Any) -> list[Any]:
         elif isinstance(value, core.Jaxpr):
             found.append(core.ClosedJaxpr(value, ()))
     return found
+
+
+def _takes(program: Any, equation: Any) -> bool:
+    """Is a program called with the operands of an equation, as they are?"""
+    shapes = [[v.aval.shape for v in variables] for variables in (program.invars, equation.invars)]
+    results = [[v.aval.shape for v in variables] for variables in (program.outvars, equation.outvars)]
+    return shapes[0] == shapes[1] and results[0] == results[1] and equation.primitive.name != "while"
 
 
 def _is_relu(equation: Any, body: Any) -> bool:

@@ -76,7 +76,7 @@ def _joined(
         stays_zero = _vanishes(equation, values, [part is not None and not _free(part) for part in parts])
         units = np.where(missing, ZERO if stays_zero else KEPT, units)
     places = frozenset[Any]().union(*(factor.places for factor in factors))
-    return Factor(units, zero, frozenset() if any(value.example for value in values) else places)
+    return Factor(units, zero, places)
 
 
 def _free(factor: Factor) -> bool:

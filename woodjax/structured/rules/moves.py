@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from woodjax.structured.axes import FREE, KEPT, ZERO, Axis, Factor, Value, filled, plain, size_of, suffixes
+from woodjax.structured.axes import FREE, KEPT, ZERO, Axis, Factor, Place, Value, filled, plain, size_of, suffixes
 from woodjax.structured.rules.rule import Counts, Rule, Spread, Wanted, as_they_are
 from woodjax.structured.solver import Solver
 
@@ -21,16 +21,17 @@ def _pad(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     axes, wanted = [], []
     shape = equation.outvars[0].aval.shape
     for axis, (low, high, inside), size in zip(value.axes, equation.params["padding_config"], shape, strict=True):
-        wanted.append((axis,))
+        stored = axis
         if (low, high, inside) == (0, 0, 0):
             axes.append(axis)
         elif _pads(axis, (low, high, inside), zero=zero):
             factor = axis[0]
             units = np.concatenate([np.full(low, ZERO), factor.units, np.full(high, ZERO)])
-            axes.append((Factor(units, factor.zero),))
+            axes.append((factor._replace(units=units),))
         else:
-            solver.fix(axis)
+            stored = solver.fix(axis)
             axes.append(filled(size, KEPT))
+        wanted.append((stored,))
     return Spread((Value(tuple(axes), None, value.example),), (tuple(wanted), ()))
 
 
@@ -77,8 +78,7 @@ def _part(solver: Solver, axis: Axis, start: int, limit: int, stride: int) -> tu
         if len(at) == 1:
             solver.fix((taken,))
         return (taken, *rest) if len(at) > 1 else rest, (first._replace(units=want), *rest)
-    solver.fix(axis)
-    return filled(count, KEPT), axis
+    return filled(count, KEPT), solver.fix(axis)
 
 
 def _slice_params(equation: Any, counts: Counts) -> dict[str, Any]:
@@ -96,12 +96,17 @@ def _slice_params(equation: Any, counts: Counts) -> dict[str, Any]:
 
 def _split(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     (value,) = values
-    along, start, results = equation.params["axis"], 0, []
-    for size in equation.params["sizes"]:
-        taken, _ = _part(solver, value.axes[along], start, start + size, 1)
-        results.append(value._replace(axes=(*value.axes[:along], taken, *value.axes[along + 1 :])))
-        start += size
-    return Spread(tuple(results), as_they_are(values))
+    along, limits = equation.params["axis"], np.cumsum(equation.params["sizes"])
+    before, axis, after = value.axes[:along], value.axes[along], value.axes[along + 1 :]
+    behind = size_of(axis[1:])
+    if _moves(axis) and (limits % behind).any():  # a cut through a row
+        axis = solver.fix(axis)
+    taken = [
+        _part(solver, axis, int(n - size), int(n), 1)[0]
+        for n, size in zip(limits, equation.params["sizes"], strict=True)
+    ]
+    results = tuple(value._replace(axes=(*before, part, *after)) for part in taken)
+    return Spread(results, (tuple((own,) for own in (*before, axis, *after)),))
 
 
 def _split_params(equation: Any, counts: Counts) -> dict[str, Any]:
@@ -116,13 +121,10 @@ def _concatenate(solver: Solver, equation: Any, values: Sequence[Value]) -> Spre
     for i in range(ndim):
         given = [value.axes[i] for value in values]
         if i == along:
-            if any(_moves(axis) for axis in given):  # zeros need not be stored
-                given = [
-                    filled(size_of(axis), ZERO) if value.constant is not None and value.constant == 0 else axis
-                    for value, axis in zip(values, given, strict=True)
-                ]
-            axes.append(_joined(solver, given))
-            own = given
+            joined, own = _joined(
+                solver, given, [value.constant is not None and value.constant == 0 for value in values]
+            )
+            axes.append(joined)
         else:
             axes.append(tied(solver, given))
             own = [axes[-1]] * len(values)
@@ -132,20 +134,26 @@ def _concatenate(solver: Solver, equation: Any, values: Sequence[Value]) -> Spre
     return Spread((result,), tuple(tuple(want) for want in wanted))
 
 
-def _joined(solver: Solver, given: Sequence[Axis]) -> Axis:
+def _joined(solver: Solver, given: Sequence[Axis], zeros: Sequence[bool]) -> tuple[Axis, Sequence[Axis]]:
+    """Axes one behind the other, and what must be stored of each: of zeros nothing."""
     size = sum(map(size_of, given))
     if not any(_moves(axis) for axis in given):
-        return filled(size, KEPT)
+        return filled(size, KEPT), given
+    given = [filled(size_of(axis), ZERO) if zero else axis for axis, zero in zip(given, zeros, strict=True)]
     behind = max((suffixes(axis)[0] for axis in given if len(axis) > 1), default=1)
     cut = [axis if size_of(axis) % behind else solver.cut(axis, [behind]) for axis in given]
     heads = [axis[: len(axis) - len(_behind(axis, behind))] for axis in cut]
     if any(size_of(axis) % behind or len(head) > 1 for axis, head in zip(given, heads, strict=True)):
-        for axis in given:
-            solver.fix(axis)
-        return filled(size, KEPT)
+        return filled(size, KEPT), [solver.fix(axis) for axis in given]
+    heads = [
+        (Factor(np.full(1, ZERO), zero=True),) if zero and not head else head
+        for head, zero in zip(heads, zeros, strict=True)
+    ]
     parts = [_stored(head) for head in heads]
-    first = Factor(np.concatenate([part.units for part in parts]), all(part.zero for part in parts))
-    return (first, *tied(solver, [_behind(axis, behind) for axis in cut]))
+    units = np.concatenate([part.units for part in parts])
+    first = Factor(units, all(part.zero for part in parts), _places(parts))
+    rest = tied(solver, [_behind(axis, behind) for axis in cut])
+    return (first, *rest), [(*head, *rest) for head in heads]
 
 
 def _behind(axis: Axis, size: int) -> Axis:
@@ -169,14 +177,18 @@ def tied(solver: Solver, axes: Sequence[Axis]) -> Axis:
             units = solver.tie(units, part.units)
         mixed = np.any([part.units == ZERO for part in parts], axis=0) & (units == FREE)
         zero = all(part.zero and not (part.units == FREE).any() for part in parts)
-        factors.append(Factor(np.where(mixed, KEPT, units), zero))
+        factors.append(Factor(np.where(mixed, KEPT, units), zero, _places(parts)))
     return tuple(factors)
+
+
+def _places(factors: Sequence[Factor]) -> frozenset[Place]:
+    return frozenset[Place]().union(*(factor.places for factor in factors))
 
 
 def _stored(axis: Axis) -> Factor:
     """One factor whose indices are all stored, but for zeros."""
     factor = axis[0] if axis else Factor(np.zeros(1, np.int64), zero=True)
-    return Factor(np.where(factor.units == FREE, KEPT, factor.units), factor.zero)
+    return factor._replace(units=np.where(factor.units == FREE, KEPT, factor.units))
 
 
 def _gather(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
@@ -184,27 +196,27 @@ def _gather(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     through = iter(numbers.offset_dims)
-    axes = [filled(size, KEPT) for size in equation.outvars[0].aval.shape]
+    axes, stored = [filled(size, KEPT) for size in equation.outvars[0].aval.shape], []
     for i, (axis, size) in enumerate(zip(value.axes, sizes, strict=True)):
         to = None if i in gone else next(through)
         if to is None or size != size_of(axis):
-            solver.fix(axis)
+            stored.append((solver.fix(axis),))
         else:
             axes[to] = axis
-    for axis in indices.axes:
-        solver.fix(axis)
+            stored.append((axis,))
+    asked = tuple((solver.fix(axis),) for axis in indices.axes)
     result = Value(tuple(axes), None, value.example or indices.example)
-    return Spread((result,), as_they_are(values))
+    return Spread((result,), (tuple(stored), asked))
 
 
 def _dynamic_slice(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
-    value, sizes = values[0], equation.params["slice_sizes"]
-    axes = []
+    (value, *starts), sizes = values, equation.params["slice_sizes"]
+    axes, stored = [], []
     for axis, size in zip(value.axes, sizes, strict=True):
-        if size != size_of(axis):
-            solver.fix(axis)
+        stored.append((axis if size == size_of(axis) else solver.fix(axis),))
         axes.append(axis if size == size_of(axis) else filled(size, KEPT))
-    return Spread((Value(tuple(axes), None, value.example),), as_they_are(values))
+    result = Value(tuple(axes), None, any(value.example for value in values))
+    return Spread((result,), (tuple(stored), *as_they_are(starts)))
 
 
 def _slice_sizes(equation: Any, counts: Counts) -> dict[str, Any]:
@@ -222,12 +234,10 @@ def _update(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
             axes.append(tied(solver, [axis, other]))
             given.append((axes[-1],))
         else:
-            solver.fix(axis)
-            solver.fix(other)
-            axes.append(filled(size_of(axis), KEPT))
-            given.append((other,))
+            axes.append(solver.fix(axis))
+            given.append((solver.fix(other),))
     wanted: list[Wanted] = [tuple((axis,) for axis in axes), tuple(given), *as_they_are(rest)]
-    return Spread((Value(tuple(axes), None, value.example or update.example),), tuple(wanted))
+    return Spread((Value(tuple(axes), None, any(v.example for v in values)),), tuple(wanted))
 
 
 RULES = {

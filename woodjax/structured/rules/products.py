@@ -46,7 +46,7 @@ def _dot(solver: Solver, equation: Any, values: Sequence[Value]) -> Parts:
         [axis for i, axis in enumerate(value.axes) if i not in (*contracted[side], *batched[side])]
         for side, value in enumerate(values)
     ]
-    axes = [_of(axis, example) for axis in (*batch, *free[0], *free[1])]
+    axes = [*batch, *free[0], *free[1]]
     summed = tuple(axes[i] for axes, at in ((left.axes, contracted[0]), (right.axes, contracted[1])) for i in at)
     spread = Spread((Value(tuple(axes), None, example),), (tuple(wants[0]), tuple(wants[1])))
     return Parts(spread, (*free[0], *free[1]), summed, 1)
@@ -57,7 +57,7 @@ def _summed(solver: Solver, left: Axis, right: Axis) -> tuple[Axis, ...]:
     pair = solver.align([left, right])
     for one, two in zip(*pair, strict=True):
         solver.tie(one.units, two.units)
-        if not (one.zero or two.zero):
+        if not (one.vanishes or two.vanishes):
             solver.fix((one, two))
     return tuple(pair)
 
@@ -66,13 +66,9 @@ def _multiplied(solver: Solver, left: Axis, right: Axis) -> Axis:
     """Two axes that are multiplied index by index: zero where one of them is."""
     pair = solver.align([left, right])
     return tuple(
-        Factor(solver.tie(one.units, two.units), one.zero or two.zero, one.places | two.places)
+        Factor(solver.tie(one.units, two.units), one.vanishes or two.vanishes, one.places | two.places)
         for one, two in zip(*pair, strict=True)
     )
-
-
-def _of(axis: Axis, example: bool) -> Axis:
-    return tuple(factor._replace(places=frozenset()) for factor in axis) if example else axis
 
 
 def _convolution(solver: Solver, equation: Any, values: Sequence[Value]) -> Parts:
@@ -81,11 +77,8 @@ def _convolution(solver: Solver, equation: Any, values: Sequence[Value]) -> Part
     out_shape = equation.outvars[0].aval.shape
     batch, channels, *places = numbers.lhs_spec
     outputs, reads, *taps = numbers.rhs_spec
-    for axis in (*(inputs.axes[i] for i in places), *(kernel.axes[i] for i in taps)):
-        solver.fix(axis)
     if equation.params["batch_group_count"] != 1:
-        for axis in (*inputs.axes, *kernel.axes):
-            solver.fix(axis)
+        inputs, kernel = (v._replace(axes=tuple(map(solver.fix, v.axes))) for v in values)
     each = size_of(kernel.axes[reads])
     behind = size_of(kernel.axes[outputs]) // groups
     given, written = solver.cut(inputs.axes[channels], [each]), solver.cut(kernel.axes[outputs], [behind])
@@ -94,16 +87,19 @@ def _convolution(solver: Solver, equation: Any, values: Sequence[Value]) -> Part
     read = _summed(solver, given[len(heads[0]) :], kernel.axes[reads])
     result = (*grouped, *written[len(heads[1]) :])
     axes = [filled(size, KEPT) for size in out_shape]
-    axes[numbers.out_spec[0]] = inputs.axes[batch]
+    if equation.params["batch_group_count"] == 1:
+        axes[numbers.out_spec[0]] = inputs.axes[batch]
     axes[numbers.out_spec[1]] = result
-    wants: list[list[tuple[Axis, ...]]] = [[(axis,) for axis in value.axes] for value in values]
+    wants: list[list[tuple[Axis, ...]]] = [[(axis,) for axis in value.axes] for value in (inputs, kernel)]
+    for side, i in (*((0, i) for i in places), *((1, i) for i in taps)):
+        wants[side][i] = (solver.fix(values[side].axes[i]),)
     wants[0][channels] = tuple((*grouped, *axis) for axis in read)
     wants[1][outputs], wants[1][reads] = (result,), read
     example = inputs.example or kernel.example
-    results = Value(tuple(_of(axis, example) for axis in axes), None, example)
+    results = Value(tuple(axes), None, example)
     wanted: tuple[Wanted, ...] = (tuple(wants[0]), tuple(wants[1]))
     times = math.prod(equation.invars[1].aval.shape[i] for i in taps)
-    return Parts(Spread((results,), wanted), (inputs.axes[batch], result), (read[1],), times)
+    return Parts(Spread((results,), wanted), (axes[numbers.out_spec[0]], result), (read[1],), times)
 
 
 def _head(axis: Axis, behind: int) -> Axis:

@@ -1,9 +1,10 @@
 """Rules for primitives that rearrange or reduce axes."""
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
-from woodjax.structured.axes import FREE, KEPT, Axis, Factor, Value, filled, merged, size_of
+from woodjax.structured.axes import FREE, KEPT, ZERO, Axis, Factor, Value, filled, merged, size_of
 from woodjax.structured.rules.moves import tied
 from woodjax.structured.rules.rule import Counts, Rule, Spread, as_they_are
 from woodjax.structured.solver import Solver
@@ -39,7 +40,19 @@ def _squeeze(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
 def _reshape(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     (value, *_) = values
     shape = equation.outvars[0].aval.shape
-    left = list(merged(tuple(factor for axis in value.axes for factor in axis)))
+    axes = _rows(solver, value.axes, shape)
+    if axes is None:  # the two shapes have no common cut
+        constant = value.constant is not None
+        axes = tuple(filled(size, FREE if constant else KEPT) for size in shape)
+        stored = tuple(solver.fix(axis) for axis in value.axes)
+    else:
+        stored = value.axes
+    return Spread((value._replace(axes=axes),), (tuple((axis,) for axis in stored),))
+
+
+def _rows(solver: Solver, given: Sequence[Axis], shape: Sequence[int]) -> tuple[Axis, ...] | None:
+    """Axes of another shape with the same elements, if the two can be cut at the same places."""
+    left = list(merged(tuple(factor for axis in given for factor in axis)))
     axes: list[Axis] = []
     for size in shape:
         axis: list[Factor] = []
@@ -47,20 +60,16 @@ def _reshape(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
         while missing > 1:
             factor = left.pop(0)
             if missing % factor.size:
-                if factor.size % missing:  # the two shapes have no common cut here
-                    solver.fix(tuple(factor for given in value.axes for factor in given))
-                    return Spread((_fixed(value, shape),), as_they_are(values))
-                factor, rest = solver.cut((factor,), [factor.size // missing])
+                inner = factor.size // missing
+                zeros = (factor.units == ZERO).reshape(missing, -1) if not factor.size % missing else None
+                if zeros is None or (zeros != zeros[:, :1]).any():  # zeros that are not stored, in a part of a row
+                    return None
+                factor, rest = solver.cut((factor,), [inner])
                 left.insert(0, rest)
             axis.append(factor)
             missing //= factor.size
         axes.append(tuple(axis))
-    return Spread((value._replace(axes=tuple(axes)),), as_they_are(values))
-
-
-def _fixed(value: Value, shape: Sequence[int]) -> Value:
-    constant = value.constant is not None
-    return value._replace(axes=tuple(filled(size, FREE if constant else KEPT) for size in shape))
+    return tuple(axes)
 
 
 def _iota(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
@@ -73,62 +82,69 @@ def _sum(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     (value,) = values
     for i in equation.params["axes"]:
         solver.fix(tuple(factor for factor in value.axes[i] if not factor.zero))
-    return _reduced(equation, value)
+    return _reduced(equation, value, value.axes)
 
 
 def _reduce(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     (value,) = values
-    for i in equation.params["axes"]:
-        solver.fix(value.axes[i])
-    return _reduced(equation, value, keeps_zero=not equation.primitive.name.startswith("arg"))
+    stored = [solver.fix(axis) if i in equation.params["axes"] else axis for i, axis in enumerate(value.axes)]
+    return _reduced(equation, value, stored, keeps_zero=not equation.primitive.name.startswith("arg"))
 
 
-def _reduced(equation: Any, value: Value, *, keeps_zero: bool = True) -> Spread:
+def _reduced(equation: Any, value: Value, stored: Sequence[Axis], *, keeps_zero: bool = True) -> Spread:
     gone = equation.params["axes"]
     axes = tuple(
         tuple(factor._replace(zero=factor.zero and keeps_zero) for factor in axis)
         for i, axis in enumerate(value.axes)
         if i not in gone
     )
-    return Spread((Value(axes, None, value.example),), as_they_are([value]))
+    return Spread((Value(axes, None, value.example),), (tuple((axis,) for axis in stored),))
 
 
-def _along(number_of: Callable[[Any], int], *, keeps_zero: bool = True) -> Rule:
-    """For primitives that mix what stands along one axis, and treat all others alike."""
+def _whole(solver: Solver, axes: Sequence[Axis]) -> Axis:
+    """What is stored of axes of one size that always stay."""
+    return tied(solver, [solver.fix(axis) for axis in axes])
+
+
+def _along(number_of: Callable[[Any], int], *, keeps_zero: Sequence[bool] = (True,)) -> Rule:
+    """For primitives that mix what stands along one axis, and treat all others alike; which results keep zeros?"""
 
     def spread(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
         mixed = number_of(equation)
-        axes = []
+        axes, stored = [], []
         for i in range(len(values[0].axes)):
-            aligned = solver.align([value.axes[i] for value in values])
+            given = [value.axes[i] for value in values]
             if i == mixed:
-                for axis in aligned:
-                    solver.fix(axis)
+                stored.append(_whole(solver, given))
                 axes.append(filled(equation.outvars[0].aval.shape[i], KEPT))
-                continue
-            factors = tied(solver, aligned)
-            axes.append(tuple(factor._replace(zero=factor.zero and keeps_zero) for factor in factors))
-        result = Value(tuple(axes), None, any(value.example for value in values))
-        wanted = tuple((axis,) for axis in axes)
-        return Spread((result,) * len(equation.outvars), tuple(_own(value, wanted, mixed) for value in values))
-
-    def _own(value: Value, wanted: tuple[tuple[Axis, ...], ...], mixed: int) -> tuple[tuple[Axis, ...], ...]:
-        return tuple((value.axes[i],) if i == mixed else axis for i, axis in enumerate(wanted))
+            else:
+                stored.append(tied(solver, given))
+                axes.append(stored[-1])
+        example = any(value.example for value in values)
+        results = []
+        for _, keeps in zip(equation.outvars, cycle(keeps_zero), strict=False):
+            kept = tuple(tuple(factor._replace(zero=factor.zero and keeps) for factor in axis) for axis in axes)
+            results.append(Value(kept, None, example))
+        return Spread(tuple(results), (tuple((axis,) for axis in stored),) * len(values))
 
     return Rule(spread)
 
 
 def _window(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
-    value, *_ = values
+    count = len(equation.outvars)
+    keeps_zero = equation.primitive.name != "reduce_window"  # which may start from any number
     trivial = [tuple(p) == (0, 0) for p in equation.params["padding"]]
     for name in ("window_dimensions", "window_strides", "base_dilation", "window_dilation"):
         trivial = [ok and n == 1 for ok, n in zip(trivial, equation.params[name], strict=True)]
-    axes = []
-    for axis, same, size in zip(value.axes, trivial, equation.outvars[0].aval.shape, strict=True):
-        if not same:
-            solver.fix(axis)
+    axes, stored = [], []
+    for i, (same, size) in enumerate(zip(trivial, equation.outvars[0].aval.shape, strict=True)):
+        given = [value.axes[i] for value in values[:count]]
+        stored.append(tied(solver, given) if same else _whole(solver, given))
+        axis = tuple(factor._replace(zero=factor.zero and keeps_zero) for factor in stored[-1])
         axes.append(axis if same else filled(size, KEPT))
-    return Spread((Value(tuple(axes), None, value.example),), as_they_are(values))
+    result = Value(tuple(axes), None, any(value.example for value in values))
+    wanted = (tuple((axis,) for axis in stored),) * count
+    return Spread((result,) * count, (*wanted, *as_they_are(values[count:])))
 
 
 def _reverse(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
@@ -156,10 +172,12 @@ RULES = {
     "rev": Rule(_reverse),
     "reduce_sum": Rule(_sum),
     "sort": _along(lambda equation: equation.params["dimension"]),
-    "top_k": _along(lambda equation: len(equation.invars[0].aval.shape) - 1),
+    "top_k": _along(
+        lambda equation: equation.params.get("axis", len(equation.invars[0].aval.shape) - 1), keeps_zero=(True, False)
+    ),
     "optimization_barrier": Rule(_each),
     "sharding_constraint": Rule(_each),
     **dict.fromkeys(REDUCTIONS, Rule(_reduce)),
     **dict.fromkeys(WINDOWS, Rule(_window)),
-    **{name: _along(lambda equation: equation.params["axis"], keeps_zero=name != "cumlogsumexp") for name in SCANS},
+    **{name: _along(lambda equation: equation.params["axis"], keeps_zero=(name != "cumlogsumexp",)) for name in SCANS},
 }

@@ -1,0 +1,115 @@
+"""What stays of an axis, of a leaf and of a group."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Shaped
+
+from woodjax.structured.implants import ImplantedKernel, split_kernel
+
+
+class AxisPlan(NamedTuple):
+    """What stays of an axis: the product of what stays of its factors."""
+
+    sizes: tuple[int, ...]
+    kept: tuple[tuple[int, ...] | None, ...]  # indices of each factor; None is all
+
+    def indices(self) -> np.ndarray | None:
+        """Indices along the whole axis, or None if all stay."""
+        if all(kept is None for kept in self.kept):
+            return None
+        masks = np.ones(1, bool)
+        for size, kept in zip(self.sizes, self.kept, strict=True):
+            mask = np.ones(size, bool) if kept is None else np.isin(np.arange(size), kept)
+            masks = np.logical_and.outer(masks, mask).reshape(-1)
+        return np.flatnonzero(masks)
+
+    def then(self, later: "AxisPlan") -> "AxisPlan":
+        """This, and then what is left of that."""
+        return AxisPlan(self.sizes, tuple(map(_after, self.kept, later.kept)))
+
+
+def _after(first: tuple[int, ...] | None, later: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if first is None or later is None:
+        return first if later is None else later
+    return tuple(first[i] for i in later)
+
+
+class ImplantPlan(NamedTuple):
+    """Which outputs of a kernel are implants."""
+
+    outputs: int  # axis
+    places: tuple[int, ...]  # axes
+    at: tuple[int, ...]  # among the outputs that stay
+
+
+class LeafPlan(NamedTuple):
+    """What stays of a leaf."""
+
+    path: str
+    shape: tuple[int, ...]  # of the whole leaf
+    axes: tuple[AxisPlan, ...]
+    implants: ImplantPlan | None = None
+
+    @property
+    def small(self) -> tuple[int, ...]:
+        """Shape of what stays."""
+        found = [axis.indices() for axis in self.axes]
+        return tuple(size if at is None else len(at) for size, at in zip(self.shape, found, strict=True))
+
+    def shrink(self, value: Shaped[Array, "..."]) -> Any:
+        """What stays of the leaf, or of an array of its shape."""
+        for i, axis in enumerate(self.axes):
+            at = axis.indices()
+            if at is not None:
+                value = jnp.take(value, at, axis=i)
+        return value if self.implants is None else split_kernel(value, *self.implants)
+
+    def expand(self, value: Any) -> Shaped[Array, "..."]:
+        """The whole leaf, with zeros for what went."""
+        value = value.dense() if isinstance(value, ImplantedKernel) else value
+        for i, axis in enumerate(self.axes):
+            at = axis.indices()
+            if at is not None:
+                shape = (*value.shape[:i], self.shape[i], *value.shape[i + 1 :])
+                value = jnp.zeros(shape, value.dtype).at[(slice(None),) * i + (at,)].set(value, unique_indices=True)
+        return value
+
+    def mask(self) -> Bool[np.ndarray, "..."]:
+        """Where the leaf stays."""
+        mask = np.ones(self.shape, bool)
+        for i, axis in enumerate(self.axes):
+            at = axis.indices()
+            if at is not None:
+                mask &= _along(np.isin(np.arange(mask.shape[i]), at), i, mask.ndim)
+        if self.implants is not None:
+            outputs, places, at = self.implants
+            kept = self.axes[outputs].indices()
+            replaced = np.array(at) if kept is None else kept[np.array(at)]
+            centre = np.ones(self.shape, bool)
+            for i in places:
+                size = mask.shape[i]
+                centre &= _along(np.arange(size) == (size - 1) // 2, i, mask.ndim)
+            mask &= centre | ~_along(np.isin(np.arange(mask.shape[outputs]), replaced), outputs, mask.ndim)
+        return mask
+
+
+def _along(mask: Bool[np.ndarray, " n"], axis: int, ndim: int) -> Bool[np.ndarray, "..."]:
+    return mask.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+class GroupPlan(NamedTuple):
+    """What stays of a group."""
+
+    name: str
+    size: int  # of the whole group
+    kept: tuple[int, ...]
+    implanted: tuple[int, ...]  # those of them whose kernels have implants
+
+    def then(self, later: "GroupPlan | None") -> "GroupPlan":
+        """This, and then what is left of that."""
+        if later is None:
+            return self
+        kept, implanted = (tuple(self.kept[i] for i in indices) for indices in (later.kept, later.implanted))
+        return self._replace(kept=kept, implanted=implanted)
