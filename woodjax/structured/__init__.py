@@ -10,18 +10,16 @@ from woodjax.structured.rebuilt import check_rebuilt
 from woodjax.structured.reconstruction import InputMoments, input_moments, reconstruct_channels
 from woodjax.structured.restrict import shrink_groups
 from woodjax.structured.scores import (
-    bn_scale_scores,
     gate_scores,
     hap_scores,
-    l2_channel_scores,
     normalize_scores,
-    random_channel_scores,
     taylor_channel_scores,
 )
 from woodjax.structured.select import Selection, select_channels
 from woodjax.structured.shrunk import ShrunkNetwork, shrunk_network
 from woodjax.structured.start import start_implants
 from woodjax.structured.surgeon import compensate_channels, obs_channel_scores
+from woodjax.structured.weight_scores import bn_scale_scores, l2_channel_scores, random_channel_scores
 
 __all__ = [
     "ChannelGroup",
