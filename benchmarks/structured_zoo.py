@@ -52,10 +52,10 @@ def zoo_error(kind: Kind, streams: Streams, seed: int, *, batch: int = 4) -> tup
         The error, the number of groups and that of channels.
     """
     random = np.random.default_rng(seed)
-    model = kind.make(nnx.Rngs(seed))
+    model = nnx.eval_shape(lambda: kind.make(nnx.Rngs(0)))
     model.eval()
-    apply_fn, variables = functional_variables(model)
-    variables = jax.tree.map(lambda leaf: _stirred(leaf, random), variables)  # no zeros, no ones
+    apply_fn, shapes = functional_variables(model)
+    variables = jax.tree_util.tree_map_with_path(lambda path, leaf: _numbers(path[-1].key, leaf, random), shapes)
     shape = (batch, *kind.shape)
     inputs = random.integers(kind.tokens, size=shape) if kind.tokens else random.normal(size=shape).astype(np.float32)
     groups = wj.channel_groups(apply_fn, variables, inputs[:1], streams=streams)
@@ -71,7 +71,9 @@ def zoo_error(kind: Kind, streams: Streams, seed: int, *, batch: int = 4) -> tup
     return float(jnp.max(jnp.abs(whole - small)) / jnp.max(jnp.abs(whole))), len(groups.groups), groups.num_channels
 
 
-def _stirred(leaf: Any, random: np.random.Generator) -> Any:
-    numbers = np.asarray(leaf)
-    trivial = (numbers == 0) | (numbers == 1)
-    return jnp.asarray(np.where(trivial, random.uniform(0.5, 1.5, leaf.shape), numbers).astype(leaf.dtype))
+def _numbers(name: str, leaf: Any, random: np.random.Generator) -> Any:
+    """Weights as large as trained ones; scales, shifts and statistics that are not trivial."""
+    if len(leaf.shape) < 2:
+        low = -0.5 if name in ("bias", "mean") else 0.5
+        return jnp.asarray(random.uniform(low, low + 1, leaf.shape), leaf.dtype)
+    return jnp.asarray(random.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])), leaf.dtype)
