@@ -16,6 +16,7 @@ TITLES = {
     "hap-fisher": "HAP, empirical Fisher",
     "hap-exact": "HAP, exact trace",
     "gate": "Gauss–Newton along the channel",
+    "joint-gate": "the same, channels together",
     "obs": "group OBS score, nothing moved",
     "obs+compensation": "group OBS, all survivors moved",
     "hap-exact+least-squares": "HAP, exact trace, readers refitted",

@@ -82,7 +82,13 @@ def record_zoo(record: Recorder, *, seed: int, quick: bool) -> None:
 
 
 def record_scores(
-    record: Recorder, network: Network, *, seed: int, ratios: tuple[float, ...], probes: tuple[int, ...]
+    record: Recorder,
+    network: Network,
+    *,
+    seed: int,
+    ratios: tuple[float, ...],
+    probes: tuple[int, ...],
+    only: frozenset[str] | None,
 ) -> None:
     """Accuracy against the fraction of channels removed, one ranking for all groups inside blocks."""
     apply_fn, params = functional(network.model)
@@ -95,7 +101,8 @@ def record_scores(
     common = {"column": None, "seed": seed}
     for test, accuracy in accuracies(jitted, params, network).items():
         record.add("accuracy", accuracy, "1", **common, method="dense", sparsity=0.0, config={"test": test})
-    for name, (scores_of, after) in track(methods(probes).items(), "scores"):
+    chosen = {name: pair for name, pair in methods(probes).items() if only is None or name in only}
+    for name, (scores_of, after) in track(chosen.items(), "scores"):
         scores = {group: score for group, score in scores_of(case).items() if group in names}
         for ratio in ratios:
             kept = wj.select_channels(groups, scores, ratio=ratio, max_ratio=1.0).kept
@@ -157,6 +164,7 @@ def main() -> int:
     """Measure the parts that are asked for."""
     pin_blas()
     options = parser(__doc__.splitlines()[0])
+    options.add_argument("--methods", help="comma-separated scores; all of them without")
     options.add_argument("--only", help=f"comma-separated, of {', '.join(PARTS)}")
     args = options.parse_args()
     parts = PARTS if args.only is None else tuple(args.only.split(","))
@@ -170,7 +178,8 @@ def main() -> int:
     for seed in seeds(args.seeds):
         if "scores" in parts:
             ratios, probes = (RATIOS[2:3], (3,)) if args.quick else (RATIOS, PROBES)
-            record_scores(record, network, seed=seed, ratios=ratios, probes=probes)
+            only = None if args.methods is None else frozenset(args.methods.split(","))
+            record_scores(record, network, seed=seed, ratios=ratios, probes=probes, only=only)
         if "tune" in parts:
             tune(record, network.model, network.train, network.tests, seed=seed, quick=small)
     if "latency" in parts:

@@ -110,6 +110,10 @@ def methods(probes: tuple[int, ...]) -> dict[str, tuple[Scores, After]]:
             lambda case: wj.gate_scores(case.groups, case.apply_fn, case.params, case.batch[0]),
             Case.masked,
         ),
+        "joint-gate": (
+            lambda case: wj.joint_gate_scores(case.groups, case.apply_fn, case.params, case.batch[0]),
+            Case.masked,
+        ),
         "obs": (lambda case: case.obs, Case.masked),
         "obs+compensation": (lambda case: case.obs, Case.compensated),
         "hap-exact+least-squares": (
