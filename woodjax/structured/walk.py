@@ -46,6 +46,7 @@ class Walk:
         """Prepare a walk; see the attributes."""
         self.solver, self.barriers, self.running = solver, barriers, running
         self._on_product, self._times = on_product, 1
+        self._within: list[Any] = []  # equations, each in the program of the one before
 
     def program(self, jaxpr: Any, consts: Sequence[Any], items: Sequence[Item]) -> list[Item]:
         """Walk through a jaxpr.
@@ -73,6 +74,13 @@ class Walk:
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, equation: Any, items: list[Item]) -> list[Item]:
+        self._within.append(equation)
+        try:
+            return self._followed(equation, items)
+        finally:
+            self._within.pop()
+
+    def _followed(self, equation: Any, items: list[Item]) -> list[Item]:
         name, rule = equation.primitive.name, RULES.get(equation.primitive.name)
         if rule is not None:
             values = [item.value for item in items]
@@ -95,8 +103,9 @@ class Walk:
                 return [Item(results[0].value, jax.nn.relu(items[0].array))]
             return results
         if not self.barriers:
+            lines = (source_info_util.summarize(outer.source_info) for outer in reversed(self._within))
             raise ValueError(
-                f"Channels cannot be followed through '{name}' at {source_info_util.summarize(equation.source_info)}: "
+                f"Channels cannot be followed through '{name}' at {next(filter(None, lines), 'an unknown line')}: "
                 "pass unknown='barrier' to keep all channels that go in, or write it otherwise."
             )
         return self._barrier(equation, items)
@@ -121,6 +130,7 @@ class Walk:
             self.solver.fix(item.value.axes[0])
         slices = [Item(item.value._replace(axes=item.value.axes[1:], constant=None, leaf=None)) for item in stacked]
         quiet = Walk(self.solver, barriers=self.barriers)
+        quiet._within = [*self._within]
         carry = [item.value._replace(leaf=None) for item in start]
         inputs = [Item(item.value) for item in consts]
         while True:  # what a step hands to the next one
