@@ -150,13 +150,25 @@ def test_plans_that_do_not_fit(groups, variables):
         with pytest.raises(ValueError, match=r"No plan that PrunePlan.to_json wrote|version 9"):
             wj.PrunePlan.from_json(text)
     network, x = wj.shrunk_network(apply_fn, plan), jnp.ones((1, 6, 6, 2))
-    with pytest.raises(ValueError, match=r"'params/first' has shape \(3, 3, 2, 8\), expected \(3, 3, 2, 5\)"):
+    with pytest.raises(ValueError, match=r"'params/bias' has shape \(6,\), expected \(4,\)"):
         network(variables, x)
     small = plan.shrink(variables)
     with pytest.raises(ValueError, match=r"'params/more' .* expected None"):
         network({"params": {**small["params"], "more": jnp.ones(2)}}, x)
-    with pytest.raises(ValueError, match=r"'params/bias'.*plan.shrink"):
+    with pytest.raises(ValueError, match=r"\['params/bias'\] are not among.*plan.shrink"):
         network({"params": {name: leaf for name, leaf in small["params"].items() if name != "bias"}}, x)
+
+
+def test_inputs_for_which_other_channels_go_together():
+    def apply_fn(v, x):
+        h = jnp.tanh(x @ v["first"])
+        return (jax.nn.softmax(h) if x.shape[1] > 1 else h) @ v["last"]
+
+    variables = arrays({"first": (5, 6), "last": (6, 3)})
+    groups = wj.channel_groups(apply_fn, variables, jnp.ones((1, 1, 5)))
+    plan = wj.make_plan(groups, random_channels(groups, 0)[0])
+    with pytest.raises(ValueError, match=r"leaf 'first' \(5, 6\), but for inputs of shape \[\(1, 2, 5\)\] other"):
+        wj.shrunk_network(apply_fn, plan)(plan.shrink(variables), jnp.ones((1, 2, 5)))
 
 
 def test_a_network_is_a_function_like_others(groups, variables):

@@ -36,7 +36,8 @@ class ShrunkNetwork:
             What the whole network returns.
 
         Raises:
-            ValueError: Variables that the plan does not leave.
+            ValueError: Variables that the plan does not leave; inputs for which other channels go together than for
+                the example that the groups were found with.
         """
         paths, structure = jax.tree_util.tree_flatten_with_path(variables, is_leaf=is_implanted)
         plans = {plan.path: plan for plan in self.plan.leaves}
@@ -49,6 +50,9 @@ class ShrunkNetwork:
                     f"{None if plan is None else plan.small}: pass plan.shrink(variables)."
                 )
             whole.append(jax.ShapeDtypeStruct(plan.shape, leaf.dtype))
+        missing = [plan.path for plan in self.plan.leaves if plan.path not in {path_name(path) for path, _ in paths}]
+        if missing:
+            raise ValueError(f"Leaves {missing} are not among the variables: pass plan.shrink(variables).")
         full = jax.tree.unflatten(structure, whole)
         traced = Traced.of(self.apply_fn, full, inputs)
         cuts = {}
@@ -59,7 +63,7 @@ class ShrunkNetwork:
                     cuts[i, k] = frozenset(behind)
         barriers = self.plan.unknown == "barrier"
         reading = read_program(traced, union=self.plan.streams == "union", barriers=barriers, cuts=cuts)
-        running = Running(reading.solver, staying(reading.solver, self._independent(reading)))
+        running = Running(reading.solver, staying(reading.solver, self._independent(reading, inputs)))
         walk = Walk(reading.solver, barriers=barriers, running=running)
         arrays = [a if is_implanted(a) else jnp.asarray(a) for a in (*(a for _, a in paths), *jax.tree.leaves(inputs))]
         outputs = walk.program(traced.jaxpr, traced.consts, reading.items(arrays))
@@ -69,15 +73,22 @@ class ShrunkNetwork:
             results.append(running.fitted(item, whole))
         return jax.tree.unflatten(traced.result, results)
 
-    def _independent(self, reading: Reading) -> dict[int, bool]:
-        unions, found = reading.solver.unions(), {}
+    def _independent(self, reading: Reading, inputs: Batch) -> dict[int, bool]:
+        unions, found = reading.solver.unions(), {KEPT: True}
         for plan, axes in zip(self.plan.leaves, reading.leaves, strict=True):
             for axis_plan, axis in zip(plan.axes, axes, strict=True):
-                for factor, kept in zip(axis, axis_plan.kept, strict=True):
+                same = [factor.size for factor in axis] == list(axis_plan.sizes)
+                for factor, kept in zip(axis, axis_plan.kept, strict=False):
                     roots = reading.solver.roots(factor.units)
                     stays = np.ones(len(roots), bool) if kept is None else np.isin(np.arange(len(roots)), kept)
-                    found |= {int(r): bool(s) for r, s in zip(roots, stays, strict=True) if int(r) not in unions}
-        found[KEPT] = True
+                    for root, stay in zip(map(int, roots), map(bool, stays), strict=True):
+                        same &= root in unions or found.setdefault(root, stay) == stay
+                if not same:
+                    shapes = [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(inputs)]
+                    raise ValueError(
+                        f"The plan leaves {plan.small} of leaf '{plan.path}' {plan.shape}, but for inputs of shape {shapes} "
+                        "other channels go together in the program: find the groups with an example of this shape."
+                    )
         return found
 
 
