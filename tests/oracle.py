@@ -152,7 +152,7 @@ def probe_variance(hessian, block):
 
 
 def convolution(inputs, kernel, strides, padding, dilation):
-    """Response `[n, h, w, o]` of a kernel `[k, k, i, o]` on `[n, h, w, i]`, and what it reads at its centre (HAP, 3.3)."""
+    """Response of a kernel `[k, k, i, o]` on `[n, h, w, i]`, and what it reads at its centre (HAP, section 3.3)."""
     inputs, kernel = np.asarray(inputs, np.float64), np.asarray(kernel, np.float64)
     padded = np.pad(inputs, ((0, 0), *padding, (0, 0)))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel.shape[:2], strict=True)]

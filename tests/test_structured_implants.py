@@ -122,14 +122,14 @@ def test_least_squares_is_the_best_of_one_place():
 def test_rank_is_the_nearest_response(rank):
     """Of the directions of the outputs; all inputs stay, so nothing else is lost."""
     apply_fn, responses, variables = network((3, 3), (2, 1), "SAME")
-    groups, plan = planned(apply_fn, variables, kept={})
+    _, plan = planned(apply_fn, variables, kept={})
     small = wj.start_implants(apply_fn, variables, plan, X, rank=rank)
     kernel = small["second"]
     assert kernel.implant.shape == (3, 3, 5, min(rank, 3))
     assert kernel.mix.shape == (1, 1, min(rank, 3), 3)
     at = np.flatnonzero(IMPLANTED["second"])
     expected = np.asarray(responses(variables, X)[1], np.float64)[..., at]
-    h, found = responses({**variables, "second": plan.expand(small)["second"]}, X)
+    _, found = responses({**variables, "second": plan.expand(small)["second"]}, X)
     np.testing.assert_allclose(found[..., at], oracle.best_rank(expected, rank), atol=1e-4 * abs(expected).max())
     assert_close(wj.shrunk_network(apply_fn, plan)(small, X), apply_fn(plan.expand(small), X))
 
@@ -184,3 +184,20 @@ def test_bad_starts(options, match):
     apply_fn, _, variables = network()
     with pytest.raises(ValueError, match=match):
         wj.start_implants(apply_fn, variables, planned(apply_fn, variables)[1], X, **options)
+
+
+def test_kernels_of_loops_have_no_implants():
+    def apply_fn(v, x):
+        def step(h, _):
+            return jnp.tanh(lax.conv_general_dilated(h, v["second"], (1, 1), "SAME", dimension_numbers=NUMBERS)), None
+
+        h = lax.conv_general_dilated(x, v["first"], (1, 1), "SAME", dimension_numbers=NUMBERS)
+        return lax.scan(step, h, None, length=2)[0].mean((1, 2)) @ v["last"]
+
+    variables = arrays({"first": (3, 3, 3, 6), "second": (3, 3, 6, 6), "last": (6, 2)})
+    kept, implanted = {"first": np.arange(6) > 1}, {"first": np.arange(6) > 3}
+    groups, plan = planned(apply_fn, variables, "joint", kept, implanted)
+    assert [kernel.path for kernel in groups.kernels] == ["first"]
+    assert_counts(apply_fn, groups, kept, implanted, variables, X[:1])
+    small = wj.start_implants(apply_fn, variables, plan, X)
+    assert_close(wj.shrunk_network(apply_fn, plan)(small, X), apply_fn(plan.expand(small), X))

@@ -88,7 +88,7 @@ def test_optimizer_states_shrink_along(groups, variables, optimizer):
     whole = masked(plan, variables)
     state = optimizer.init(whole)
     gradient = jax.tree.map(lambda leaf: jnp.sign(leaf) * 0.1, whole)
-    updates, state = optimizer.update(gradient, state, whole)
+    _, state = optimizer.update(gradient, state, whole)
     small_state = plan.shrink(state)
     assert jax.tree.structure(small_state) == jax.tree.structure(optimizer.init(plan.shrink(whole)))
     expected, _ = optimizer.update(gradient, state, whole)

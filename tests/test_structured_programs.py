@@ -212,11 +212,12 @@ def test_bfloat16_and_integers():
     assert_close(wj.shrunk_network(apply_fn, plan)(small, x), apply_fn(masked(plan, variables), x), 2e-2)
 
 
-def test_derivative_rules_of_relu():
-    """The derivative at zero, where masked channels are, is that of the network."""
+@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.relu6, jax.nn.softplus, straight, clipped])
+def test_derivative_rules(activation):
+    """Those of the network, at zero too, where masked channels are."""
 
     def apply_fn(v, x):
-        return jax.nn.relu(jax.nn.relu(x @ v["first"]) @ v["second"]) @ v["last"]
+        return activation(activation(x @ v["first"]) @ v["second"]) @ v["last"]
 
     variables = arrays({"first": (5, 6), "second": (6, 6), "last": (6, 3)})
     x = jnp.concatenate([jnp.zeros((1, 5)), jnp.ones((1, 5))])
