@@ -217,3 +217,38 @@ def joint_order(hessian):
         gone.append(best)
         places[best] = step
     return places
+
+
+def convolution(inputs, kernel, strides, padding, dilation):
+    """Response of a kernel `[k, k, i, o]` on `[n, h, w, i]`, and what it reads at its centre (HAP, section 3.3)."""
+    inputs, kernel = np.asarray(inputs, np.float64), np.asarray(kernel, np.float64)
+    padded = np.pad(inputs, ((0, 0), *padding, (0, 0)))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel.shape[:2], strict=True)]
+    rows = range(0, padded.shape[1] - reach[0] + 1, strides[0])
+    columns = range(0, padded.shape[2] - reach[1] + 1, strides[1])
+    response = np.zeros((len(inputs), len(rows), len(columns), kernel.shape[3]))
+    centre = np.zeros((*response.shape[:3], inputs.shape[3]))
+    middle = [(k - 1) // 2 * d for d, k in zip(dilation, kernel.shape[:2], strict=True)]
+    for a, row in enumerate(rows):
+        for b, column in enumerate(columns):
+            centre[:, a, b] = padded[:, row + middle[0], column + middle[1]]
+            for i in range(kernel.shape[0]):
+                for j in range(kernel.shape[1]):
+                    here = padded[:, row + i * dilation[0], column + j * dilation[1]]
+                    response[:, a, b] += here @ kernel[i, j]
+    return response, centre
+
+
+def implant(centre, response, ridge):
+    """`argmin ‖XW − Y‖² + ridge · mean(diag XᵀX) ‖W‖²` by least squares of the stacked problem."""
+    read, written = centre.reshape(-1, centre.shape[-1]), response.reshape(-1, response.shape[-1])
+    weight = np.sqrt(ridge * (read**2).sum() / read.shape[1])
+    stacked = np.vstack([read, weight * np.eye(read.shape[1])])
+    zeros = np.zeros((read.shape[1], written.shape[1]))
+    return np.linalg.lstsq(stacked, np.vstack([written, zeros]), rcond=None)[0]
+
+
+def best_rank(response, rank):
+    """The nearest matrix of a rank to `[n, o]` (Eckart and Young, 1936)."""
+    left, values, right = np.linalg.svd(response.reshape(-1, response.shape[-1]), full_matrices=False)
+    return (left[:, :rank] * values[:rank] @ right[:rank]).reshape(response.shape)

@@ -10,6 +10,7 @@ import numpy as np
 
 import woodjax as wj
 from woodjax.programs import inner_programs
+from woodjax.tree import path_name
 
 
 class Case(NamedTuple):
@@ -37,12 +38,16 @@ def arrays(shapes: dict[str, tuple[int, ...]], dtype=jnp.float32, seed: int = 0)
     }
 
 
-def filled_in(variables):
-    """Variables without zeros and ones: no bias, scale or statistic that hides an error."""
+def filled_in(shapes):
+    """Random variables, without zeros and ones that would hide an error; variances are positive."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda a: jnp.where((a == 0) | (a == 1), jnp.asarray(rng.uniform(0.5, 1.5, a.shape), a.dtype), a), variables
-    )
+
+    def fill(path, leaf):
+        fan_in = max(1, math.prod(leaf.shape[:-1]))
+        values = rng.uniform(0.5, 1.5, leaf.shape) * rng.choice([-1, 1], leaf.shape) / np.sqrt(fan_in)
+        return np.asarray(abs(values) if "var" in path_name(path) else values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def random_channels(groups, seed: int, *, implants: bool = False):
@@ -57,7 +62,8 @@ def random_channels(groups, seed: int, *, implants: bool = False):
 
 def masked(plan, variables):
     """The whole variables, with zeros for what goes."""
-    return jax.tree.map(jnp.multiply, variables, plan.masks(variables))
+    masks = {leaf.path: leaf.mask() for leaf in plan.leaves}
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * masks[path_name(path)], variables)
 
 
 def assert_close(found, expected, tolerance: float = 2e-5):

@@ -129,12 +129,7 @@ class ChannelGroups:
         """
         channels = np.ones(self.num_channels, bool)
         for name, mask in kept.items():
-            group, mask = self[name], np.asarray(mask)
-            if mask.shape != (group.size,) or mask.dtype != bool:
-                raise ValueError(
-                    f"kept['{name}'] is {mask.dtype}{list(mask.shape)}, expected bool[{group.size}]: True for every "
-                    "channel that stays."
-                )
+            group, mask = self[name], self._mask(name, mask, "kept", "stays")
             if not mask.any():
                 raise ValueError(f"kept['{name}'] keeps nothing: a network without channels has no output. Keep one.")
             channels[group.start : group.start + group.size] = mask
@@ -192,12 +187,24 @@ class ChannelGroups:
 
         Returns:
             Bool for each channel and, behind them, False for each union.
+
+        Raises:
+            ValueError: An unknown group; another number of channels.
         """
         channels = np.zeros(self.num_channels + len(self.unions), bool)
         for name, mask in (implanted or {}).items():
-            group = self[name]
+            group, mask = self[name], self._mask(name, mask, "implanted", "has implants")
             channels[group.start : group.start + group.size] = mask
         return channels
+
+    def _mask(self, name: str, mask: Bool[np.ndarray, " n"], argument: str, meaning: str) -> Bool[np.ndarray, " n"]:
+        size, mask = self[name].size, np.asarray(mask)
+        if mask.shape != (size,) or mask.dtype != bool:
+            raise ValueError(
+                f"{argument}['{name}'] is {mask.dtype}{list(mask.shape)}, expected bool[{size}]: True for every "
+                f"channel that {meaning}."
+            )
+        return mask
 
     def sums(self, tree: PyTree, roles: Iterable[Role] = ("out", "in", "each")) -> ChannelScores:
         """Add up a tree over the weights of each channel.

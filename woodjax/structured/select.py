@@ -1,6 +1,7 @@
 """Choosing channels for a budget."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -140,7 +141,8 @@ def _removable(groups: ChannelGroups, scores: ChannelScores, max_ratio: float) -
             raise ValueError(f"scores['{name}'] has NaN or -inf: look at what they were made of.")
         names += [(name, i) for i in range(group.size)]
         values.append(score)
-    left = {group.name: min(int(max_ratio * group.size), group.size - 1) for group in groups.groups}
+    cap = Fraction(str(float(max_ratio)))  # 0.29 of 100 are 29
+    left = {group.name: min(int(cap * group.size), group.size - 1) for group in groups.groups}
     ranked = np.concatenate(values) if values else np.zeros(0)
     found = []
     for at in np.argsort(ranked, kind="stable"):

@@ -39,7 +39,8 @@ class ShrunkNetwork:
             What the whole network returns.
 
         Raises:
-            ValueError: Variables that the plan does not leave.
+            ValueError: Variables that the plan does not leave; inputs for which other channels go together than for
+                the example that the groups were found with.
         """
         small = [leaf._replace(shape=leaf.small) for leaf in self.plan.leaves]
         whole = dict(zip(small, self.plan.leaves, strict=True))
@@ -57,7 +58,7 @@ class ShrunkNetwork:
         union, barriers = self.plan.streams == "union", self.plan.unknown == "barrier"
         outputs = len(jax.tree.leaves(traced.result[0])) if self.updates else None
         reading = read_program(traced, union=union, barriers=barriers, cuts=_cuts(plans), whole=outputs)
-        running = Running(reading.solver, staying(reading.solver, _independent(reading, plans)))
+        running = Running(reading.solver, staying(reading.solver, _independent(reading, plans, inputs)))
         walk = Walk(reading.solver, barriers=barriers, running=running)
         arrays = [leaf for _, _, leaf in found] + [jnp.asarray(leaf) for leaf in jax.tree.leaves(inputs)]
         results = walk.program(traced.jaxpr, traced.consts, reading.items(arrays))
@@ -90,16 +91,23 @@ def _cuts(plans: Sequence[LeafPlan | None]) -> dict[Place, frozenset[int]]:
     return cuts
 
 
-def _independent(reading: Reading, plans: Sequence[LeafPlan | None]) -> dict[int, bool]:
+def _independent(reading: Reading, plans: Sequence[LeafPlan | None], inputs: Batch) -> dict[int, bool]:
     """For roots that are no unions: do they stay?"""
-    unions, found = reading.solver.unions(), {}
+    unions, found = reading.solver.unions(), {KEPT: True}
     for plan, axes in zip(plans, reading.leaves, strict=True):
         for axis_plan, axis in zip(plan.axes if plan is not None else (), axes, strict=plan is not None):
-            for factor, kept in zip(axis, axis_plan.kept, strict=True):
+            same = [factor.size for factor in axis] == list(axis_plan.sizes)
+            for factor, kept in zip(axis, axis_plan.kept, strict=False):
                 roots = reading.solver.roots(factor.units)
                 stays = np.ones(len(roots), bool) if kept is None else np.isin(np.arange(len(roots)), kept)
-                found |= {int(r): bool(s) for r, s in zip(roots, stays, strict=True) if int(r) not in unions}
-    found[KEPT] = True
+                for root, stay in zip(map(int, roots), map(bool, stays), strict=False):
+                    same &= root in unions or found.setdefault(root, stay) == stay
+            if plan is not None and not same:
+                shapes = [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(inputs)]
+                raise ValueError(
+                    f"The plan leaves {plan.small} of leaf '{plan.path}' {plan.shape}, but for inputs of shapes "
+                    f"{shapes} other channels go together in the program: find the groups with an example of these."
+                )
     return found
 
 

@@ -68,7 +68,7 @@ def start_implants(
         What the plan leaves of the variables.
 
     Raises:
-        ValueError: An unknown start; a rank below one.
+        ValueError: An unknown start; a rank or microbatches below one; a negative ridge.
 
     Cost:
         A forward pass over the examples, and `i² + io + o²` numbers and `2n(i² + io + o²)` flops for each kernel with
@@ -94,6 +94,10 @@ def start_implants(
         raise ValueError(f"start is {start!r}: choose 'least-squares', 'centre' or 'zero'.")
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}: expected 1 or more, or None for convolutions of one place.")
+    if not ridge >= 0:
+        raise ValueError(f"ridge is {ridge}: expected a weight of 0 or more.")
+    if microbatch_size < 1:
+        raise ValueError(f"microbatch_size is {microbatch_size}: expected a number of examples, 1 or more.")
     small = plan.shrink(variables)
     if start == "zero":
         return jax.tree.map(lambda leaf: _zeroed(leaf) if is_implanted(leaf) else leaf, small, is_leaf=is_implanted)

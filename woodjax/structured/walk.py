@@ -1,6 +1,7 @@
 """Reading a program for its channels, and running it on fewer of them: one walk for both."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ class Walk:
         """Prepare a walk; see the attributes."""
         self.solver, self.barriers, self.running = solver, barriers, running
         self._on_product, self._times = on_product, 1
+        self._within: list[Any] = []  # equations, each in the program of the one before
 
     def program(self, jaxpr: Any, consts: Sequence[Any], items: Sequence[Item]) -> list[Item]:
         """Walk through a jaxpr.
@@ -73,6 +75,13 @@ class Walk:
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, equation: Any, items: list[Item]) -> list[Item]:
+        self._within.append(equation)
+        try:
+            return self._followed(equation, items)
+        finally:
+            self._within.pop()
+
+    def _followed(self, equation: Any, items: list[Item]) -> list[Item]:
         name, rule = equation.primitive.name, RULES.get(equation.primitive.name)
         if rule is not None:
             values = [item.value for item in items]
@@ -90,16 +99,35 @@ class Walk:
             return self._cond(equation, items)
         inner = _closed_programs(equation)
         if len(inner) == 1 and _takes(inner[0].jaxpr, equation):
-            results = self.program(inner[0].jaxpr, inner[0].consts, items)
-            if _is_relu(equation, inner[0].jaxpr) and self.running is not None:  # whose derivative at zero is zero
-                return [Item(results[0].value, jax.nn.relu(items[0].array))]
-            return results
+            rule = _derivative_rule(equation, inner[0].jaxpr)
+            if rule is None or self.running is None:
+                return self.program(inner[0].jaxpr, inner[0].consts, items)
+            return self._with_rule(rule, equation, inner[0], items)
         if not self.barriers:
+            lines = (source_info_util.summarize(outer.source_info) for outer in reversed(self._within))
             raise ValueError(
-                f"Channels cannot be followed through '{name}' at {source_info_util.summarize(equation.source_info)}: "
+                f"Channels cannot be followed through '{name}' at {next(filter(None, lines), 'an unknown line')}: "
                 "pass unknown='barrier' to keep all channels that go in, or write it otherwise."
             )
         return self._barrier(equation, items)
+
+    def _with_rule(self, rule: Any, equation: Any, body: Any, items: list[Item]) -> list[Item]:
+        """A function with a derivative that is not the one of its program: of the whole width, unless it is known."""
+        running, self.running = self.running, None
+        values = [item.value for item in self.program(body.jaxpr, body.consts, [Item(item.value) for item in items])]
+        self.running = running
+        assert running is not None
+        if callable(rule):
+            return [Item(values[0], rule(items[0].array))]
+        arrays = self._whole(equation, items, running)
+        whole = (
+            Item(Value(kept_axes(variable.aval.shape)), a) for variable, a in zip(equation.outvars, arrays, strict=True)
+        )
+        return [Item(value, running.fitted(item, value)) for value, item in zip(values, whole, strict=True)]
+
+    def _whole(self, equation: Any, items: list[Item], running: Running) -> list[Any]:
+        values = [Value(kept_axes(variable.aval.shape)) for variable in equation.invars]
+        return bind(equation, [running.fitted(item, value) for item, value in zip(items, values, strict=True)])
 
     def _barrier(self, equation: Any, items: list[Item]) -> list[Item]:
         for item in items:
@@ -109,18 +137,18 @@ class Walk:
         results = tuple(Value(kept_axes(variable.aval.shape), None, example) for variable in equation.outvars)
         if self.running is None:
             return [Item(value) for value in results]
-        whole = [Value(kept_axes(variable.aval.shape)) for variable in equation.invars]
-        arrays = bind(equation, [self.running.fitted(item, value) for item, value in zip(items, whole, strict=True)])
+        arrays = self._whole(equation, items, self.running)
         return [Item(value, array) for value, array in zip(results, arrays, strict=True)]
 
     def _scan(self, equation: Any, items: list[Item]) -> list[Item]:
         body, length = equation.params["jaxpr"], equation.params["length"]
         first, last = equation.params["num_consts"], equation.params["num_consts"] + equation.params["num_carry"]
-        consts, start, stacked = items[:first], items[first:last], items[last:]
+        consts, start, stacked = [_no_leaf(item) for item in items[:first]], items[first:last], items[last:]
         for item in stacked:
             self.solver.fix(item.value.axes[0])
         slices = [Item(item.value._replace(axes=item.value.axes[1:], constant=None, leaf=None)) for item in stacked]
         quiet = Walk(self.solver, barriers=self.barriers)
+        quiet._within = [*self._within]
         carry = [item.value._replace(leaf=None) for item in start]
         inputs = [Item(item.value) for item in consts]
         while True:  # what a step hands to the next one
@@ -153,7 +181,7 @@ class Walk:
         return [Item(value, array) for value, array in zip(results, [*arrays[0], *arrays[1]], strict=True)]
 
     def _cond(self, equation: Any, items: list[Item]) -> list[Item]:
-        index, *given = items
+        index, *given = map(_no_leaf, items)
         branches, running = equation.params["branches"], self.running
         self.running = None
         found = [self.program(branch.jaxpr, branch.consts, [Item(item.value) for item in given]) for branch in branches]
@@ -192,6 +220,11 @@ class Walk:
         )
 
 
+def _no_leaf(item: Item) -> Item:
+    """In a loop or a branch no kernel is seen: what it reads there cannot be handed out for the fit of an implant."""
+    return item._replace(value=item.value._replace(leaf=None))
+
+
 def _captured(array: Any) -> Item:
     constant = None
     if isinstance(array, np.ndarray | np.generic | float | int | bool) and np.size(array) <= CONSTANT_SIZE:
@@ -220,6 +253,12 @@ def _takes(program: Any, equation: Any) -> bool:
     return shapes[0] == shapes[1] and results[0] == results[1] and equation.primitive.name != "while"
 
 
-def _is_relu(equation: Any, body: Any) -> bool:
+def _derivative_rule(equation: Any, body: Any) -> Any:
+    """What a derivative differs in from that of the program: a function of JAX, or True; None if in nothing."""
+    if equation.primitive.name not in ("custom_jvp_call", "custom_vjp_call"):
+        return None
+    file = getattr(body.debug_info, "func_filename", None)
+    if file is None or not Path(file).is_relative_to(Path(jax.__file__).parent):
+        return True
     names = [inner.params.get("name") for inner in body.eqns]
-    return equation.primitive.name == "custom_jvp_call" and names == ["relu"]
+    return {"relu": jax.nn.relu, "relu6": jax.nn.relu6}.get(names[0]) if len(names) == 1 else None
