@@ -181,7 +181,7 @@ def test_captured_arrays_keep_their_channels():
     held = jnp.asarray(np.random.default_rng(0).normal(size=6), jnp.float32)
     check(beside(lambda h, v: h * held), "joint", [0])
     case = dense(lambda h, v: h * held)
-    with pytest.raises(ValueError, match="No channel can be removed from .*'first', 'last'.*functional_variables"):
+    with pytest.raises(ValueError, match=r"No channel can be removed from .*'first', 'last'.*functional_variables"):
         wj.channel_groups(case.apply_fn, arrays(case.shapes), jnp.ones((1, 5)))
 
 

@@ -201,8 +201,8 @@ class ChannelGroups:
         size, mask = self[name].size, np.asarray(mask)
         if mask.shape != (size,) or mask.dtype != bool:
             raise ValueError(
-                f"{argument}['{name}'] is {mask.dtype}{list(mask.shape)}, expected bool[{size}]: True for every channel "
-                f"that {meaning}."
+                f"{argument}['{name}'] is {mask.dtype}{list(mask.shape)}, expected bool[{size}]: True for every "
+                f"channel that {meaning}."
             )
         return mask
 

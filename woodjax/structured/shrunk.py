@@ -86,8 +86,8 @@ class ShrunkNetwork:
                 if not same:
                     shapes = [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(inputs)]
                     raise ValueError(
-                        f"The plan leaves {plan.small} of leaf '{plan.path}' {plan.shape}, but for inputs of shape {shapes} "
-                        "other channels go together in the program: find the groups with an example of this shape."
+                        f"The plan leaves {plan.small} of leaf '{plan.path}' {plan.shape}, but for inputs of shape "
+                        f"{shapes} other channels go together in the program: find the groups with such an example."
                     )
         return found
 
