@@ -108,6 +108,23 @@ CASES = {
     "to pieces that do not fit": none(
         dense(lambda h, v: h.reshape(-1, 2, 3).reshape(-1, 6) + h.reshape(-1, 3, 2).reshape(-1, 6))
     ),
+    "stacked": dense(lambda h, v: jnp.stack([h, jax.nn.sigmoid(h)], 1).sum(1)),
+    "unstacked": dense(
+        lambda h, v: jnp.multiply(*jnp.unstack(h.reshape(-1, 2, 3), axis=1)), last=3, groups={"first": 3}
+    ),
+    "tiled": dense(lambda h, v: jnp.tile(h, (1, 2)), last=12),
+    "repeated": dense(lambda h, v: jnp.repeat(h, 2, 1), last=12),
+    "rolled": dense(lambda h, v: jnp.roll(h, 2, 1)),
+    "of several kernels": dense(
+        lambda h, v: h @ (v["second"] + v["down"] @ v["up"]),
+        second=(6, 7),
+        down=(6, 2),
+        last=7,
+        up=(2, 7),
+        groups={"down": 6, "second": 7},
+    ),
+    "each with each": dense(lambda h, v: (h[:, :, None] * h[:, None]).reshape(len(h), -1), last=36),
+    "largest of a pair": dense(lambda h, v: h.reshape(-1, 3, 2).max(2), last=3, groups={"first": 3}),
     "maximum": none(dense(lambda h, v: h - h.max(1, keepdims=True))),
     "softmax": none(dense(lambda h, v: jax.nn.softmax(h, 1))),
     "softmax without a maximum": none(dense(lambda h, v: jnp.exp(h) / jnp.exp(h).sum(1, keepdims=True))),
