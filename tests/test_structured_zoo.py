@@ -95,10 +95,10 @@ ZOO = {
     "bottleneck": (resnet(shortcut="B", bottleneck=True), images(6)),
     "preresnet": (lambda rngs: models.PreResNet(1, widths=(4, 6), rngs=rngs), images(6)),
     "wide resnet": (lambda rngs: models.WideResNet(10, 1, rngs=rngs), images(4)),
-    "densenet": (lambda rngs: models.DenseNet((2, 2), growth=4, rngs=rngs), images(6)),
+    "densenet": (lambda rngs: models.DenseNet((2, 1), growth=4, rngs=rngs), images(6)),
     "mobilenet": (SmallMobileNet, images(6)),
     "mobilenet 2": (lambda rngs: models.MobileNetV2(STAGES, first=5, last=9, rngs=rngs), images(6)),
-    "vit": (lambda rngs: models.ViT(image_size=8, patch=4, width=8, depth=2, heads=2, rngs=rngs), images(8)),
+    "vit": (lambda rngs: models.ViT(image_size=8, patch=4, width=8, depth=1, heads=2, rngs=rngs), images(8)),
     "unet": (lambda rngs: models.UNet((4, 6, 8), rngs=rngs), images(8)),
     "gqa": (decoder, words),
     "linen mlp": (LinenMLP(), images(4)),
@@ -123,12 +123,16 @@ def network(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "streams"), [*((name, "joint") for name in ZOO), *((name, "union") for name in WITH_STREAMS)]
+    ("name", "streams"),
+    [
+        *((name, "joint") for name in ZOO),
+        *(pytest.param(name, "union", marks=pytest.mark.newest) for name in WITH_STREAMS),
+    ],
 )
 def test_masked_is_shrunk(name, streams):
     apply_fn, whole, variables, data = network(name)
     groups = wj.channel_groups(apply_fn, variables, data(1), streams=streams)
-    for seed in range(3):
+    for seed in (0, 1):
         kept, implanted = random_channels(groups, seed, implants=seed > 0)
         assert_counts(apply_fn, groups, kept, implanted, variables, data(1))
     plan = wj.make_plan(groups, kept, implanted)
@@ -137,8 +141,7 @@ def test_masked_is_shrunk(name, streams):
     assert_close(found, whole(masked(plan, variables), data(3)))
 
 
-@pytest.mark.parametrize("name", ["resnet A", "vit"])
-@pytest.mark.parametrize("streams", ["joint", "union"])
+@pytest.mark.parametrize(("name", "streams"), [("resnet A", "union"), ("vit", "joint")])
 def test_gradients_are_those_of_the_masked_network(name, streams):
     apply_fn, _, variables, data = network(name)
     groups = wj.channel_groups(apply_fn, variables, data(1), streams=streams)
@@ -171,9 +174,8 @@ def test_groups_of_a_resnet20():
 def test_heads_are_channels():
     apply_fn, _, variables, data = network("vit")
     found = sizes(wj.channel_groups(apply_fn, variables, data(1)))
-    assert {name: size for name, size in found.items() if "qkv" in name} == {
-        f"blocks_{i}/qkv/kernel{part}": size for i in (0, 1) for part, size in (("", 2), ("#2", 4))
-    }
+    assert found["blocks_0/qkv/kernel"] == 2
+    assert found["blocks_0/qkv/kernel#2"] == 4
     apply_fn, _, variables, data = network("gqa")
     attention = "blocks_0/attention/"
     found = {k: v for k, v in sizes(wj.channel_groups(apply_fn, variables, data(1))).items() if attention in k}

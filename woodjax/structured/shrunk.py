@@ -105,8 +105,8 @@ def _independent(reading: Reading, plans: Sequence[LeafPlan | None], inputs: Bat
             if plan is not None and not same:
                 shapes = [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(inputs)]
                 raise ValueError(
-                    f"The plan leaves {plan.small} of leaf '{plan.path}' {plan.shape}, but for inputs of shapes "
-                    f"{shapes} other channels go together in the program: find the groups with an example of these."
+                    f"The plan leaves {plan.small} of leaf '{plan.path}' {plan.shape}, but for inputs of shape "
+                    f"{shapes} other channels go together in the program: find the groups with such an example."
                 )
     return found
 

@@ -67,7 +67,9 @@ class Walk:
         known.update(zip(jaxpr.constvars, map(_captured, consts), strict=True))
 
         def read(variable: Any) -> Item:
-            return _captured(variable.val) if isinstance(variable, core.Literal) else known[variable]
+            if not isinstance(variable, core.Literal):
+                return known[variable]
+            return Item(Value((), np.asarray(variable.val)[()]), variable.val)  # an array in older releases of JAX
 
         for equation in jaxpr.eqns:
             results = self._equation(equation, [read(v) for v in equation.invars])

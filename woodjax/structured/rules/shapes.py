@@ -72,6 +72,30 @@ def _rows(solver: Solver, given: Sequence[Axis], shape: Sequence[int]) -> tuple[
     return tuple(axes)
 
 
+def _stack(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    axes = [tied(solver, axes) for axes in zip(*(value.axes for value in values), strict=True)]
+    wanted = tuple((axis,) for axis in axes)
+    axes.insert(equation.params["axis"], filled(len(values), KEPT))
+    result = Value(tuple(axes), None, any(value.example for value in values))
+    return Spread((result,), (wanted,) * len(values))
+
+
+def _unstack(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    axes = list(value.axes)
+    along = equation.params["axis"]
+    axes[along] = solver.fix(axes[along])
+    result = value._replace(axes=tuple(axis for i, axis in enumerate(axes) if i != along))
+    return Spread((result,) * len(equation.outvars), (tuple((axis,) for axis in axes),))
+
+
+def _tile(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
+    (value,) = values
+    times = zip(value.axes, equation.params["reps"], strict=True)
+    axes = tuple((*filled(count, FREE), *axis) for axis, count in times)
+    return Spread((value._replace(axes=axes),), as_they_are(values))
+
+
 def _iota(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
     shape, along = equation.params["shape"], equation.params["dimension"]
     axes = tuple(filled(size, KEPT if i == along else FREE) for i, size in enumerate(shape))
@@ -168,6 +192,9 @@ RULES = {
     "reshape": Rule(_reshape, _small_shape("new_sizes")),
     "transpose": Rule(_transpose),
     "squeeze": Rule(_squeeze),
+    "stack": Rule(_stack),
+    "unstack": Rule(_unstack),
+    "tile": Rule(_tile),
     "iota": Rule(_iota),
     "rev": Rule(_reverse),
     "reduce_sum": Rule(_sum),
@@ -177,6 +204,7 @@ RULES = {
     ),
     "optimization_barrier": Rule(_each),
     "sharding_constraint": Rule(_each),
+    "device_put": Rule(_each),
     **dict.fromkeys(REDUCTIONS, Rule(_reduce)),
     **dict.fromkeys(WINDOWS, Rule(_window)),
     **{name: _along(lambda equation: equation.params["axis"], keeps_zero=(name != "cumlogsumexp",)) for name in SCANS},
