@@ -114,6 +114,8 @@ def plain(factor: Factor) -> bool:
     Returns:
         Whether it can be cut anywhere.
     """
+    if not factor.size:
+        return True
     first = factor.units[0]
     return bool(first in (KEPT, FREE) and (factor.units == first).all())
 

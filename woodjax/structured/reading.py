@@ -120,9 +120,18 @@ def read_program(
             place: known.get(place, frozenset()) | frozenset(solver.asked.get(place, ()))
             for place in {*known, *solver.asked}
         }
-    for item in outputs[:whole]:
-        for axis in item.value.axes:
-            solver.fix(axis)
+    while True:  # a union is known by units that may have been tied since
+        for item in outputs[:whole]:
+            for axis in item.value.axes:
+                solver.fix(axis)
+        solver.settle()
+        before = solver.size, solver.ties
+        if not union:
+            break
+        outputs = walk.program(traced.jaxpr, traced.consts, _items(traced, leaves, None))
+        solver.settle()
+        if (solver.size, solver.ties) == before:
+            break
     return Reading(traced, solver, leaves, walk)
 
 

@@ -40,6 +40,7 @@ class Solver:
         self.asked: dict[Place, set[int]] = defaultdict(set)
         self._parents = np.zeros(1, np.int64)
         self._used = 1
+        self.ties = 0  # made so far
         self._origins: dict[int, list[tuple[Place, int, int]]] = {}  # of a root: where it stands, size behind, index
         self._sizes: dict[tuple[Place, int], int] = {}
         self._pairs: dict[tuple[int, int], int] = {}
@@ -134,6 +135,7 @@ class Solver:
         if root == gone:
             return
         self._parents[gone] = root
+        self.ties += 1
         if root != KEPT:
             self._origins.setdefault(root, []).extend(self._origins.get(gone, []))
         if gone in self.sources:
@@ -197,6 +199,21 @@ class Solver:
             rest = inner
         return tuple(parts)
 
+    def cut_at(self, axis: Axis, behind: int) -> Axis:
+        """Cut an axis in two at one place; it stays whole where its factors do not allow that.
+
+        Args:
+            axis: Its factors.
+            behind: Size of what lies behind the cut; it divides that of the axis.
+
+        Returns:
+            The axis with a cut there.
+        """
+        cut = self.cut(axis, [behind])
+        if behind in (1, size_of(axis)) or behind in suffixes(cut):
+            return cut
+        return self.cut(self.fix(axis), [behind])
+
     def _split(self, factor: Factor, inner: int) -> tuple[Factor, Factor]:
         """Write a factor as a product of two, the second of `inner` indices."""
         units = self.roots(factor.units).reshape(-1, inner)
@@ -257,6 +274,22 @@ class Solver:
         if any(large % small for small, large in pairwise(behind)):
             return [self.fix(axis) for axis in axes]
         return [self.cut(axis, behind[:-1]) for axis in axes]
+
+    def settle(self) -> None:
+        """Know each union by the roots of its units as they are now, and unify those that became one."""
+        while True:
+            self.unions()
+            found: dict[tuple[int, int], int] = {}
+            again = False
+            for pair, union in self._pairs.items():
+                one, other = sorted(map(self._root, pair))
+                same = found.setdefault((one, other), union)
+                if self._root(same) != self._root(union):
+                    self._unify(same, union)
+                    again = True
+            self._pairs = found
+            if not again:
+                return
 
     def unions(self) -> dict[int, frozenset[int]]:
         """For roots that are unions: the roots of which one must stay. A union of itself is tied to what it is of.

@@ -100,18 +100,37 @@ class Walk:
         if name == "cond":
             return self._cond(equation, items)
         inner = _closed_programs(equation)
+        if name == "checkpoint" and self.running is not None:
+            return self._checkpoint(equation, inner[0], items)
         if len(inner) == 1 and _takes(inner[0].jaxpr, equation):
             rule = _derivative_rule(equation, inner[0].jaxpr)
             if rule is None or self.running is None:
                 return self.program(inner[0].jaxpr, inner[0].consts, items)
             return self._with_rule(rule, equation, inner[0], items)
-        if not self.barriers:
+        if name == "random_bits":  # any number of them will do
+            values = [Value(tuple(filled(size, FREE) for size in v.aval.shape)) for v in equation.outvars]
+            arrays = [None] * len(values) if self.running is None else self._whole(equation, items, self.running)
+            return [Item(value, array) for value, array in zip(values, arrays, strict=True)]
+        if not self.barriers and not name.startswith("random_"):
             lines = (source_info_util.summarize(outer.source_info) for outer in reversed(self._within))
             raise ValueError(
                 f"Channels cannot be followed through '{name}' at {next(filter(None, lines), 'an unknown line')}: "
                 "pass unknown='barrier' to keep all channels that go in, or write it otherwise."
             )
         return self._barrier(equation, items)
+
+    def _checkpoint(self, equation: Any, body: Any, items: list[Item]) -> list[Item]:
+        values: list[Value] = []
+
+        def run(*arrays: Any) -> list[Any]:
+            given = [item._replace(array=array) for item, array in zip(items, arrays, strict=True)]
+            found = self.program(body.jaxpr, body.consts, given)
+            values[:] = [item.value for item in found]
+            return [item.array for item in found]
+
+        options = {name: equation.params[name] for name in ("prevent_cse", "policy")}
+        arrays = jax.checkpoint(run, **options)(*(item.array for item in items))
+        return [Item(value, array) for value, array in zip(values, arrays, strict=True)]
 
     def _with_rule(self, rule: Any, equation: Any, body: Any, items: list[Item]) -> list[Item]:
         """A function with a derivative that is not the one of its program: of the whole width, unless it is known."""

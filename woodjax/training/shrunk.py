@@ -70,7 +70,7 @@ def fit_shrunk(
             on_epoch(info, jax.tree.map(lambda x: x.copy(), _joined(params, rest)))
 
     forward = jax.tree_util.Partial(_Forward(plan), whole)
-    parts = (_part(variables, params), _part(variables, rest))
+    parts = (_part(variables, params), _part(variables, rest, others=True))
     return _joined(*fit_network(forward, *parts, dataset, optimizer=optimizer, on_epoch=tell, **options))
 
 
@@ -98,15 +98,14 @@ def reestimate_shrunk(model: nnx.Module, plan: PrunePlan, variables: PyTree, bat
     def update(params: PyTree, rest: PyTree, inputs: Batch) -> PyTree:
         return forward(whole, params, rest, inputs)[1]
 
-    some, stats = _part(variables, params), _part(variables, rest)
+    some, stats = _part(variables, params), _part(variables, rest, others=True)
     return _joined(some, reestimate_batch_stats(update, some, stats, batches))
 
 
 def _train_mode(model: nnx.Module) -> tuple[TrainFn, PyTree, PyTree]:
-    model.train()
-    parts = functional_train(model)
-    model.eval()
-    return parts
+    twin = nnx.merge(*nnx.split(model))  # the same arrays, a mode of its own
+    twin.train()
+    return functional_train(twin)
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,19 @@ class _Forward:
         return shrunk_network(apply_fn, self.plan, updates=True)({"params": params, "rest": rest}, inputs)
 
 
-def _part(variables: PyTree, like: PyTree) -> PyTree:
-    """The leaves of nested dicts that another one has too."""
+def _part(variables: PyTree, like: PyTree, path: str = "variables", *, others: bool = False) -> PyTree:
+    """The leaves of nested dicts that another one has too; with `others` those that are missing as they are there."""
     if not isinstance(like, dict):
         return variables
-    return {name: _part(variables[name], inner) for name, inner in like.items()}
+    found = {}
+    for name, inner in like.items():
+        if isinstance(variables, dict) and name in variables:
+            found[name] = _part(variables[name], inner, f"{path}/{name}", others=others)
+        elif others:
+            found[name] = inner
+        else:
+            raise ValueError(f"{path} has no '{name}', which the model has: pass plan.shrink(variables) of this model.")
+    return found
 
 
 def _joined(first: PyTree, second: PyTree) -> PyTree:

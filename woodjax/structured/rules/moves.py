@@ -64,6 +64,8 @@ def _part(solver: Solver, axis: Axis, start: int, limit: int, stride: int) -> tu
     if (start, limit, stride) == (0, size, 1):
         return axis, axis
     count = -(-(limit - start) // stride)
+    if not count:
+        return filled(0, KEPT), solver.fix(axis)
     if not _moves(axis):
         return filled(count, KEPT), axis
     if len(axis) == 1 and plain(axis[0]):
@@ -75,8 +77,9 @@ def _part(solver: Solver, axis: Axis, start: int, limit: int, stride: int) -> tu
         taken = first._replace(units=first.units[at])
         want = np.full(first.size, ZERO)
         want[at] = first.units[at]
-        if len(at) == 1:
+        if len(at) == 1:  # an axis of size one is stored
             solver.fix((taken,))
+            want[at] = KEPT
         return (taken, *rest) if len(at) > 1 else rest, (first._replace(units=want), *rest)
     return filled(count, KEPT), solver.fix(axis)
 
@@ -141,7 +144,7 @@ def _joined(solver: Solver, given: Sequence[Axis], zeros: Sequence[bool]) -> tup
         return filled(size, KEPT), given
     given = [filled(size_of(axis), ZERO) if zero else axis for axis, zero in zip(given, zeros, strict=True)]
     behind = max((suffixes(axis)[0] for axis in given if len(axis) > 1), default=1)
-    cut = [axis if size_of(axis) % behind else solver.cut(axis, [behind]) for axis in given]
+    cut = [axis if size_of(axis) % behind else solver.cut_at(axis, behind) for axis in given]
     heads = [axis[: len(axis) - len(_behind(axis, behind))] for axis in cut]
     if any(size_of(axis) % behind or len(head) > 1 for axis, head in zip(given, heads, strict=True)):
         return filled(size, KEPT), [solver.fix(axis) for axis in given]

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from woodjax.structured.axes import KEPT, Axis, Factor, Value, filled, size_of
+import numpy as np
+
+from woodjax.structured.axes import FREE, KEPT, Axis, Factor, Value, filled, size_of
 from woodjax.structured.rules.rule import Counts, Rule, Spread, Wanted
 from woodjax.structured.solver import Solver
 
@@ -54,12 +56,13 @@ def _dot(solver: Solver, equation: Any, values: Sequence[Value]) -> Parts:
 
 def _summed(solver: Solver, left: Axis, right: Axis) -> tuple[Axis, ...]:
     """Two axes that are summed over together: what is removed from one may be missing in the other."""
-    pair = solver.align([left, right])
-    for one, two in zip(*pair, strict=True):
-        solver.tie(one.units, two.units)
+    found = []
+    for one, two in zip(*solver.align([left, right]), strict=True):
+        units = solver.tie(one.units, two.units)
         if not (one.vanishes or two.vanishes):
             solver.fix((one, two))
-    return tuple(pair)
+        found.append([part._replace(units=np.where(part.units == FREE, units, part.units)) for part in (one, two)])
+    return tuple(tuple(factors) for factors in zip(*found, strict=True)) if found else ((), ())
 
 
 def _multiplied(solver: Solver, left: Axis, right: Axis) -> Axis:
@@ -81,7 +84,7 @@ def _convolution(solver: Solver, equation: Any, values: Sequence[Value]) -> Part
         inputs, kernel = (v._replace(axes=tuple(map(solver.fix, v.axes))) for v in values)
     each = size_of(kernel.axes[reads])
     behind = size_of(kernel.axes[outputs]) // groups
-    given, written = solver.cut(inputs.axes[channels], [each]), solver.cut(kernel.axes[outputs], [behind])
+    given, written = solver.cut_at(inputs.axes[channels], each), solver.cut_at(kernel.axes[outputs], behind)
     heads = (_head(given, each), _head(written, behind))
     grouped = _multiplied(solver, *heads) if groups > 1 else ()
     read = _summed(solver, given[len(heads[0]) :], kernel.axes[reads])
