@@ -16,6 +16,7 @@ from woodjax.structured.rules.moves import tied
 from woodjax.structured.running import UNCHANGED, Running
 from woodjax.structured.solver import Solver
 
+REMATERIALISED = ("checkpoint", "remat", "remat2")  # by release of JAX
 CONSTANT_SIZE = 2**16  # largest captured array that is looked at
 
 
@@ -100,7 +101,7 @@ class Walk:
         if name == "cond":
             return self._cond(equation, items)
         inner = _closed_programs(equation)
-        if name == "checkpoint" and self.running is not None:
+        if name in REMATERIALISED and self.running is not None:
             return self._checkpoint(equation, inner[0], items)
         if len(inner) == 1 and _takes(inner[0].jaxpr, equation):
             rule = _derivative_rule(equation, inner[0].jaxpr)

@@ -12,7 +12,7 @@ from woodjax.structured.solver import Solver
 
 def _moves(axis: Axis) -> bool:
     """Does an axis have indices that may go?"""
-    return any(not plain(factor) or factor.units[0] != KEPT for factor in axis)
+    return any(factor.size and (not plain(factor) or factor.units[0] != KEPT) for factor in axis)
 
 
 def _pad(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
