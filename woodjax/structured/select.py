@@ -155,13 +155,13 @@ def _removable(groups: ChannelGroups, scores: ChannelScores, max_ratio: float) -
 
 def _without(groups: ChannelGroups, removed: list[tuple[str, int]], implants: float, round_to: int) -> Selection:
     """Remove channels, keep the last of them as implants, and give back what makes widths round."""
-    replaceable = _replaceable(groups) if implants else {}
+    replaceable = set(groups.implantable)
     kept, implanted = groups.all_kept(), {group.name: np.zeros(group.size, bool) for group in groups.groups}
     wanted = round(implants * len(removed))
     for name, index in removed:
         kept[name][index] = False
     for name, index in reversed(removed):
-        if wanted and replaceable[name]:
+        if wanted and name in replaceable:
             kept[name][index] = implanted[name][index] = True
             wanted -= 1
     back = {group.name: -int(kept[group.name].sum()) % round_to for group in groups.groups}
@@ -170,11 +170,3 @@ def _without(groups: ChannelGroups, removed: list[tuple[str, int]], implants: fl
             kept[name][index] = True
             back[name] -= 1
     return Selection(kept, implanted)
-
-
-def _replaceable(groups: ChannelGroups) -> dict[str, bool]:
-    paths = {(kernel.path, kernel.outputs) for kernel in groups.kernels}
-    return {
-        group.name: any((path, axis) in paths and role == "out" for path, axis, role in group.places)
-        for group in groups.groups
-    }
