@@ -330,6 +330,17 @@ def test_reconstruction_moves_nothing_where_nothing_goes():
         wj.reconstruct_channels(GROUPS, draw(0), {}, moments)
 
 
+def test_moments_and_fits_are_finite():
+    params, inputs = draw(0), INPUTS.copy()
+    inputs[2, 0] = np.nan
+    with pytest.raises(ValueError, match=r"Of kernels \['hidden', 'merge', .* the moment is not finite"):
+        wj.input_moments(GROUPS, network, params, inputs)
+    moments = wj.input_moments(GROUPS, network, params, INPUTS)
+    params["merge"][1, 0] = np.inf
+    with pytest.raises(ValueError, match=r"Of kernels \['merge'\] the refit is not finite"):
+        wj.reconstruct_channels(GROUPS, params, {"hidden": np.arange(4) != 1}, moments)
+
+
 def test_kernels_in_loops_used_twice_or_changed_have_no_moments():
     params = {
         "entry": jnp.ones((2, 3)),
