@@ -51,13 +51,14 @@ def filled_in(shapes):
 
 
 def random_channels(groups, seed: int, *, implants: bool = False):
-    """About 60 % of every group, at random places, and implants for a third of them."""
+    """About 60 % of every group, at random places, and implants for a third of them, where there can be any."""
     rng = np.random.default_rng(seed)
     kept = {}
     for group in groups.groups:
         at = rng.permutation(group.size)[: max(1, round(0.6 * group.size))]
         kept[group.name] = np.isin(np.arange(group.size), at)
-    return kept, {name: mask & (rng.random(len(mask)) < 0.35 * implants) for name, mask in kept.items()}
+    drawn = {name: mask & (rng.random(len(mask)) < 0.35 * implants) for name, mask in kept.items()}
+    return kept, {name: mask & (name in groups.implantable) for name, mask in drawn.items()}
 
 
 def masked(plan, variables):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from structured_cases import arrays, masked
 
 import woodjax as wj
 
@@ -145,6 +146,61 @@ def test_gates_remove_channels():
     updates = wj.compensate_channels(GROUPS, params, kept, wj.diagonal_fisher(draw(0, (3,)), damping=1.0))
     pruned = jax.tree.map(jnp.add, params, updates)  # a diagonal moves nothing
     np.testing.assert_allclose(gated(gates, INPUTS), network(pruned, INPUTS), 1e-5, 1e-6)
+
+
+def attention(p, x, gates=None):
+    """Queries of 4 channels and values of 5."""
+    q, k, v = (x @ p[name] + p[name + "_bias"] for name in ("q", "k", "v"))
+    if gates is not None:
+        q, v = q * gates["k"], v * gates["v"]
+    return jax.nn.softmax(jnp.einsum("nic,njc->nij", q, k)) @ v @ p["head"]
+
+
+def tied_embeddings(p, x, gates=None):
+    """A stream of 4 channels from an embedding that reads it as well, and a hidden layer of 6."""
+    g, hidden = (1, 1) if gates is None else (gates["down"], gates["up"])
+    stream = p["table"][x]
+    stream = stream + (jax.nn.gelu(stream * g @ p["up"]) * hidden) @ p["down"]
+    return stream * g @ p["table"].T
+
+
+def tied_autoencoder(p, x, gates=None):
+    return jax.nn.relu(x @ p["w"]) * (1 if gates is None else gates["w"]) @ p["w"].T
+
+
+QKV = {"q": (3, 4), "k": (3, 4), "v": (3, 5), "q_bias": (4,), "k_bias": (4,), "v_bias": (5,), "head": (5, 2)}
+BY_HAND = {
+    "attention": (attention, QKV, np.random.default_rng(1).standard_normal((2, 6, 3)).astype(np.float32)),
+    "tied embeddings": (tied_embeddings, {"table": (11, 4), "up": (4, 6), "down": (6, 4)}, np.arange(8).reshape(2, 4)),
+    "tied autoencoder": (tied_autoencoder, {"w": (3, 5)}, np.random.default_rng(1).standard_normal((2, 3))),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("low", [0.0, 0.6])
+def test_gates_are_those_by_hand(name, low):
+    """Where nothing reads a channel, or the same weights write and read it, it still has one gate."""
+    apply_fn, shapes, inputs = BY_HAND[name]
+    params = arrays(shapes)
+    groups = wj.channel_groups(apply_fn, params, inputs)
+    gated, gates = wj.gate_channels(groups, apply_fn, params, inputs)
+    rng = np.random.default_rng(3)
+    gates = {name: jnp.where(rng.random(g.shape) < 0.5, low, g) for name, g in gates.items()}
+    np.testing.assert_allclose(gated(gates, inputs), apply_fn(params, inputs, gates), 1e-4, 1e-5)
+    if low == 0:
+        kept = {name: np.asarray(g) > 0 for name, g in gates.items()}
+        small = masked(wj.make_plan(groups, kept), params)
+        np.testing.assert_allclose(gated(gates, inputs), apply_fn(small, inputs), 1e-4, 1e-5)
+
+
+def test_gate_scores_see_both_uses_of_a_leaf():
+    apply_fn, shapes, inputs = BY_HAND["tied autoencoder"]
+    params = arrays(shapes)
+    groups = wj.channel_groups(apply_fn, params, inputs)
+    rows = np.asarray(jax.jacrev(lambda g: apply_fn(params, inputs, {"w": g}))(jnp.ones(5)), np.float64)
+    p = np.asarray(jax.nn.softmax(apply_fn(params, inputs)), np.float64)
+    fisher = sum(oracle.softmax_fisher(j, q / q.sum()) for j, q in zip(rows, p, strict=True)) / 2
+    np.testing.assert_allclose(wj.gate_scores(groups, apply_fn, params, inputs)["w"], np.diag(fisher) / 2, 1e-4, 1e-6)
 
 
 def dense(name, rows):
@@ -328,6 +384,17 @@ def test_reconstruction_moves_nothing_where_nothing_goes():
         wj.reconstruct_channels(CONV_GROUPS, params, {}, moments, damping=0)
     with pytest.raises(ValueError, match="moments are of kernels"):
         wj.reconstruct_channels(GROUPS, draw(0), {}, moments)
+
+
+def test_moments_and_fits_are_finite():
+    params, inputs = draw(0), INPUTS.copy()
+    inputs[2, 0] = np.nan
+    with pytest.raises(ValueError, match=r"Of kernels \['hidden', 'merge', .* the moment is not finite"):
+        wj.input_moments(GROUPS, network, params, inputs)
+    moments = wj.input_moments(GROUPS, network, params, INPUTS)
+    params["merge"][1, 0] = np.inf
+    with pytest.raises(ValueError, match=r"Of kernels \['merge'\] the refit is not finite"):
+        wj.reconstruct_channels(GROUPS, params, {"hidden": np.arange(4) != 1}, moments)
 
 
 def test_kernels_in_loops_used_twice_or_changed_have_no_moments():

@@ -40,7 +40,8 @@ def removed(chosen):
 
 @hypothesis.given(SCORES, st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.8]))
 def test_ratio_is_exact_and_ties_go_by_index(groups, scores, ratio):
-    chosen = wj.select_channels(groups, named(scores), ratio=ratio)
+    disordered = dict(reversed(named(scores).items()))
+    chosen = wj.select_channels(groups, disordered, ratio=ratio)
     flat, gone = np.concatenate(scores), np.concatenate([~chosen.kept[name] for name in SIZES])
     left = {name: int(0.95 * size) for name, size in SIZES.items()}
     names = [name for name, size in SIZES.items() for _ in range(size)]
@@ -139,6 +140,8 @@ def test_any_cost(groups):
         ({}, {"ratio": 0.1, "implants": 1.5}, "implants is 1.5"),
         ({}, {"ratio": 0.1, "max_ratio": -1}, "max_ratio is -1"),
         ({}, {"ratio": 0.1, "round_to": 0}, "round_to is 0"),
+        ({}, {"ratio": 0.1, "round_to": 2.5}, "round_to is 2.5"),
+        ({}, {"ratio": 0.1, "round_to": float("nan")}, "round_to is nan"),
         ({"other": np.ones(3)}, {"ratio": 0.1}, "No group 'other'"),
         ({"first": np.ones(3)}, {"ratio": 0.1}, r"scores\['first'\] has shape \(3,\), expected \(10,\)"),
         ({"third": np.array([1, 2, 3, np.nan, 1, 1])}, {"ratio": 0.1}, r"scores\['third'\] has NaN or -inf"),

@@ -1,5 +1,7 @@
 """Plans: what they leave of every tree alike, one after another, and as text; and how channels are chosen."""
 
+import json
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -99,7 +101,12 @@ def test_other_trees(groups, variables):
     plan = wj.make_plan(groups, random_channels(groups, 0)[0])
     params_alone = variables["params"]  # paths without the collection
     equal(plan.shrink(params_alone), plan.shrink(variables)["params"])
-    equal(plan.shrink({"other": jnp.ones(7)}), {"other": jnp.ones(7)})
+    mixed = {"bias": variables["params"]["bias"], "other": jnp.ones(7), "t": 2.0}
+    equal({name: plan.shrink(mixed)[name] for name in ("other", "t")}, {"other": jnp.ones(7), "t": 2.0})
+    equal(plan.shrink({"key": jax.random.PRNGKey(0), "count": 3}), {"key": jax.random.PRNGKey(0), "count": 3})
+    for function in (plan.shrink, plan.expand, plan.masks):
+        with pytest.raises(ValueError, match=r"No leaf of the tree is of the network: its paths are \['other'\]"):
+            function({"other": jnp.ones(7), "t": 2.0})
     with pytest.raises(
         ValueError, match=r"'mu/bias' has shape \(5,\), expected \(6,\) of the variables' 'params/bias'"
     ):
@@ -136,6 +143,20 @@ def test_bad_plans(groups, kept, implanted, match):
         wj.make_plan(groups, kept, implanted)
 
 
+def test_implants_stand_in_convolutions():
+    variables = arrays({"first": (3, 3, 2, 4), "middle": (4, 5), "last": (5, 3)})
+
+    def apply_fn(v, x):
+        x = lax.conv_general_dilated(x, v["first"], (1, 1), "SAME", dimension_numbers=NUMBERS)
+        return jnp.tanh(jnp.tanh(x).mean((1, 2)) @ v["middle"]) @ v["last"]
+
+    groups = wj.channel_groups(apply_fn, variables, jnp.ones((1, 4, 4, 2)))
+    assert groups.implantable == ("first",)
+    with pytest.raises(ValueError, match=r"channels of \['middle'\].*implants can stand in \['first'\]"):
+        wj.make_plan(groups, {}, {"first": np.arange(4) < 1, "middle": np.arange(5) < 1})
+    assert wj.make_plan(groups, {}, {"first": np.arange(4) < 1, "middle": np.arange(5) < 0}).has_implants
+
+
 def test_plans_that_do_not_fit(groups, variables):
     kept, implanted = random_channels(groups, 0, implants=True)
     plan, implants = wj.make_plan(groups, kept), wj.make_plan(groups, kept, implanted)
@@ -155,6 +176,37 @@ def test_plans_that_do_not_fit(groups, variables):
     np.testing.assert_array_equal(network(small | {"unused": jnp.ones(2)}, x), network(small, x))
     with pytest.raises(ValueError, match=r"without the leaves \['params/bias'\].*plan.shrink"):
         network({"params": {name: leaf for name, leaf in small["params"].items() if name != "bias"}}, x)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "match"),
+    [
+        (("groups", 0, "kept"), [3, 1], r"Group 'params/first' of the plan: kept is \(3, 1\): expected rising"),
+        (("groups", 0, "kept"), [0, 8], "expected rising indices below 8"),
+        (("groups", 0, "kept"), [], r"Group 'params/first' of the plan keeps \(\)"),
+        (("groups", 0, "kept"), 3, "No plan that PrunePlan.to_json wrote"),
+        (("groups", 0, "implanted"), [7], "implants are"),
+        (("groups", 0, "size"), 8.5, "Group 'params/first' of the plan: size is 8.5"),
+        (("groups", 1, "name"), "params/first", "The groups of the plan are"),
+        (("leaves", 1, "shape"), [3, 3, 2, 9], r"Leaf 'params/first' of the plan has shape \(3, 3, 2, 9\)"),
+        (("leaves", 1, "axes", 3, "kept", 0), [0, -1], "Leaf 'params/first' of the plan: kept is"),
+        (("leaves", 1, "axes", 3, "kept"), [], "Leaf 'params/first' of the plan has shape"),
+        (("leaves", 1, "implants", "at"), [5], "Leaf 'params/first' of the plan: implants is"),
+        (("leaves", 1, "implants", "outputs"), 4, "axis of implants"),
+        (("leaves", 1, "implants", "places"), [0, 3], "leave no axis of inputs"),
+        (("streams",), "both", "streams is 'both'"),
+    ],
+)
+def test_text_with_other_numbers(groups, where, value, match):
+    stays = {"params/first": np.arange(8) < 4}
+    found = json.loads(wj.make_plan(groups, stays, {"params/first": np.arange(8) == 1}).to_json())
+    *inside, last = where
+    part = found
+    for key in inside:
+        part = part[key]
+    part[last] = value
+    with pytest.raises(ValueError, match=match):
+        wj.PrunePlan.from_json(json.dumps(found))
 
 
 def test_inputs_for_which_other_channels_go_together():

@@ -2,10 +2,10 @@
 
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, ChannelScores
 from woodjax.structured.find import channel_groups
+from woodjax.structured.gates import gate_channels
 from woodjax.structured.implants import ImplantedKernel
 from woodjax.structured.joint import joint_gate_scores
 from woodjax.structured.plan import PrunePlan, make_plan
-from woodjax.structured.reads import gate_channels
 from woodjax.structured.rebuilt import check_rebuilt
 from woodjax.structured.reconstruction import InputMoments, input_moments, reconstruct_channels
 from woodjax.structured.restrict import shrink_groups

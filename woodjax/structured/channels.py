@@ -89,6 +89,12 @@ class ChannelGroups:
     streams: Literal["joint", "union"] = "joint"
     unknown: Literal["error", "barrier"] = "error"
 
+    @property
+    def implantable(self) -> tuple[str, ...]:
+        """Groups that a kernel writes in which implants can stand."""
+        kernels = {(kernel.path, kernel.outputs, "out") for kernel in self.kernels}
+        return tuple(group.name for group in self.groups if not kernels.isdisjoint(group.places))
+
     def __getitem__(self, name: str) -> ChannelGroup:
         """The group of a name.
 

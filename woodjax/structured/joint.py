@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from woodjax import linalg
 from woodjax.gradients import all_class_gradients
 from woodjax.structured.channels import ChannelGroups, ChannelScores
-from woodjax.structured.reads import gate_channels
+from woodjax.structured.gates import gate_channels, one_example
 from woodjax.typing import ApplyFn, Batch, Params
 
 
@@ -49,7 +49,7 @@ def joint_gate_scores(
         >>> wj.joint_gate_scores(groups, apply_fn, params, jnp.ones((1, 1)))["a"].tolist()  # third offsets first
         [0.0, 2.0, 1.0]
     """
-    gated, gates = gate_channels(groups, apply_fn, params)
+    gated, gates = gate_channels(groups, apply_fn, params, one_example(inputs))
     rows = all_class_gradients(gated, gates, inputs, microbatch_size=microbatch_size)
     places = _greedy(jnp.concatenate([rows[group.name] for group in groups.groups], axis=1))
     return {group.name: places[group.start : group.start + group.size] for group in groups.groups}

@@ -1,9 +1,12 @@
 """Which leaf of a tree is which leaf of the variables: by the end of its path."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from woodjax.structured.implants import is_implanted
@@ -56,10 +59,10 @@ def match(described: Sequence[Description], tree: PyTree) -> list[tuple[Descript
         parts = name.split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
         one = next((known[end] for end in ends if known.get(end) is not None), None)
-        if one is not None and tuple(leaf.shape) != tuple(one.shape):
+        if one is not None and np.shape(leaf) != tuple(one.shape):
             if getattr(leaf, "size", 0) > 1:
                 raise ValueError(
-                    f"Leaf '{name}' has shape {tuple(leaf.shape)}, expected {tuple(one.shape)} of the variables' "
+                    f"Leaf '{name}' has shape {np.shape(leaf)}, expected {tuple(one.shape)} of the variables' "
                     f"'{one.path}': pass the tree that belongs to them; a factored optimizer state must be made anew."
                 )
             one = None
@@ -88,3 +91,33 @@ def matched(described: Sequence[Description], tree: PyTree) -> tuple[list[Descri
         )
     descriptions, leaves = zip(*pairs, strict=True)
     return list(descriptions), list(leaves)
+
+
+def match_some(described: Sequence[Description], tree: PyTree) -> list[tuple[Description | None, str, Any]]:
+    """As `match`, of a tree that belongs to the variables.
+
+    Args:
+        described: Descriptions with the paths and shapes of the variables.
+        tree: Any tree.
+
+    Returns:
+        As `match`.
+
+    Raises:
+        ValueError: As `match`; a tree with arrays of numbers or bools, of more than one element, of which none is
+            described.
+    """
+    pairs = match(described, tree)
+    others = [name for _, name, leaf in pairs if math.prod(np.shape(leaf)) > 1 and not _is_index(leaf)]
+    if others and all(one is None for one, _, _ in pairs):
+        raise ValueError(
+            f"No leaf of the tree is of the network: its paths are {others[:4]}, those of the variables "
+            f"{[one.path for one in described][:4]}. Pass a tree with the same names and shapes."
+        )
+    return pairs
+
+
+def _is_index(leaf: Any) -> bool:
+    """Counts and keys of random numbers, which an optimizer without moments may have alone."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is None or not (jnp.issubdtype(dtype, jnp.inexact) or jnp.issubdtype(dtype, jnp.bool_))

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Int, PyTree
 
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, Kept, stays
-from woodjax.structured.find import Streams, Unknown
+from woodjax.structured.find import Streams, Unknown, check_options
 from woodjax.structured.implants import is_implanted
-from woodjax.structured.matching import match
-from woodjax.structured.staying import AxisPlan, GroupPlan, ImplantPlan, LeafPlan
+from woodjax.structured.matching import match_some
+from woodjax.structured.staying import AxisPlan, GroupPlan, ImplantPlan, LeafPlan, check_plans
 
 VERSION = 1
 Plans: TypeAlias = tuple[LeafPlan | None, ...]  # of each leaf of a tree
@@ -58,7 +58,7 @@ class PrunePlan:
             The tree with smaller leaves; leaves that are not of the network as they are.
 
         Raises:
-            ValueError: A leaf of the network with another shape.
+            ValueError: A leaf of the network with another shape; a tree of arrays without any leaf of the network.
 
         Cost:
             One gather for each leaf.
@@ -75,11 +75,11 @@ class PrunePlan:
             The tree for the whole network, which gives the same output.
 
         Raises:
-            ValueError: A leaf of the network with another shape.
+            ValueError: As `shrink`.
         """
         small = [leaf._replace(shape=leaf.small) for leaf in self.leaves]
         whole = dict(zip(small, self.leaves, strict=True))
-        pairs, structure = match(small, tree), jax.tree.structure(tree, is_leaf=is_implanted)
+        pairs, structure = match_some(small, tree), jax.tree.structure(tree, is_leaf=is_implanted)
         plans = tuple(None if plan is None else whole[plan] for plan, _, _ in pairs)
         return jax.tree.unflatten(structure, _expanded(plans, [value for _, _, value in pairs]))
 
@@ -94,7 +94,7 @@ class PrunePlan:
             centres stay.
 
         Raises:
-            ValueError: A leaf of the network with another shape.
+            ValueError: As `shrink`.
         """
         return self._mapped(_masks, tree)
 
@@ -157,7 +157,7 @@ class PrunePlan:
             The plan, equal to the one that was written.
 
         Raises:
-            ValueError: Text that is no plan, or one of another version.
+            ValueError: Text that is no plan, one of another version, or one whose numbers do not fit together.
         """
         try:
             found = json.loads(text)
@@ -165,12 +165,14 @@ class PrunePlan:
                 raise ValueError(f"A plan of version {found['version']}: this woodjax reads version {VERSION}.")
             groups = tuple(GroupPlan(**_tuples(group)) for group in found["groups"])
             leaves = tuple(_leaf_plan(leaf) for leaf in found["leaves"])
-            return cls(groups, leaves, found["streams"], found["unknown"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            check_options(found["streams"], found["unknown"])
+            check_plans(groups, leaves)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"No plan that PrunePlan.to_json wrote: {error!r}.") from error
+        return cls(groups, leaves, found["streams"], found["unknown"])
 
     def _mapped(self, function: Callable[[Plans, list[Any]], list[Any]], tree: PyTree) -> PyTree:
-        pairs = match(self.leaves, tree)
+        pairs = match_some(self.leaves, tree)
         results = function(tuple(plan for plan, _, _ in pairs), [value for _, _, value in pairs])
         return jax.tree.unflatten(jax.tree.structure(tree), results)
 
@@ -242,7 +244,7 @@ def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) 
 
     Raises:
         ValueError: An unknown group; another number of channels; a group of which nothing stays; an implant for a
-            channel that goes.
+            channel that goes, or of a group without a kernel in which it could stand.
 
     Cost:
         None on the device.
@@ -259,6 +261,12 @@ def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) 
     units, implants = groups.kept_units(kept), groups.implanted_units(implanted)
     if (implants & ~units).any():
         raise ValueError("implanted has channels that do not stay in kept: an implant stands for a channel that stays.")
+    able = groups.implantable
+    if lost := [name for name, mask in (implanted or {}).items() if np.any(mask) and name not in able]:
+        raise ValueError(
+            f"implanted has channels of {lost}, which no convolution of several places writes: implants can stand in "
+            f"{list(able)}."
+        )
     kernels = {kernel.path: kernel for kernel in groups.kernels}
     leaves = []
     for leaf in groups.leaves:

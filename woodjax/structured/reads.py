@@ -6,23 +6,23 @@ channel leaves by the weights that read it, and its other weights go with it wit
 """
 
 import math
+from collections.abc import Container
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, ChannelScores, LeafChannels
-from woodjax.structured.matching import match, matched
-from woodjax.typing import ApplyFn, Batch, Params
+from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, LeafChannels
+from woodjax.structured.matching import matched
+from woodjax.typing import Params
 
 
-def reading_places(groups: ChannelGroups) -> ChannelGroups:
+def reading_places(groups: ChannelGroups, everywhere: Container[str] = ()) -> ChannelGroups:
     """The same channels, but only in the places where they are read.
 
     Args:
         groups: From `channel_groups`.
+        everywhere: Names of groups that keep all their places.
 
     Returns:
         The groups, with FIXED units elsewhere. Channels that no kernel reads, as those of queries and keys, keep
@@ -34,7 +34,8 @@ def reading_places(groups: ChannelGroups) -> ChannelGroups:
         owners[group.start : group.start + group.size] = number
         reads = {(path, axis) for path, axis, role in group.places if role == "in"}
         writes = [(path, axis) for path, axis, role in group.places if role == "out"]
-        places.append(reads or set(writes[:1]))
+        all_of_it = {(path, axis) for path, axis, _ in group.places}
+        places.append(all_of_it if group.name in everywhere else reads or set(writes[:1]))
 
     def axis_of(leaf: LeafChannels, axis: int) -> tuple[Int[np.ndarray, " size"], ...]:
         here = np.array([(leaf.path, axis) in found for found in places] + [False])  # -1 is the last
@@ -69,61 +70,6 @@ def check_reads(reads: ChannelGroups, params: Params) -> None:
                 f"The weights that read group '{group.name}' are not in params: pass the tree with all parameters "
                 "that channel_groups was given."
             )
-
-
-def gate_channels(groups: ChannelGroups, apply_fn: ApplyFn, params: Params) -> tuple[ApplyFn, ChannelScores]:
-    """A network as a function of gates: one number for each channel, by which whatever reads it is multiplied.
-
-    All of curvature and gradients in this library works on it: a network of a thousand channels is a function of a
-    thousand numbers. A gate of zero is the pruned network, but for a normalisation over the channels themselves
-    (layer normalisation of a residual stream), whose mean and variance still see them.
-
-    Args:
-        groups: From `channel_groups`.
-        apply_fn: `apply_fn(params, inputs)`.
-        params: The parameters, or all variables.
-
-    Returns:
-        `gated(gates, inputs)` and gates of one, `[n]` for each group.
-
-    Raises:
-        ValueError: A group whose readers are not among `params`; leaves of another shape.
-
-    Cost:
-        A pass over the weights for each call.
-
-    References:
-        Theis et al. 2018 (arXiv 1801.05787); Molchanov et al. 2019 (arXiv 1906.10771), section 3.2.
-
-    Example:
-        >>> import jax.numpy as jnp, woodjax as wj
-        >>> params = {"a": jnp.ones((1, 2)), "b": jnp.array([[1.0], [10.0]])}
-        >>> apply_fn = lambda p, x: x @ p["a"] @ p["b"]
-        >>> groups = wj.channel_groups(apply_fn, params, jnp.ones((1, 1)))
-        >>> gated, gates = wj.gate_channels(groups, apply_fn, params)
-        >>> gated({"a": jnp.array([1.0, 0.0])}, jnp.ones((1, 1))).tolist()
-        [[1.0]]
-    """
-    reads = reading_places(groups)
-    check_reads(reads, params)
-
-    def gated(gates: ChannelScores, inputs: Batch) -> Array:
-        flat = jnp.concatenate([gates[group.name] for group in reads.groups])
-        leaves = [w if leaf is None else _scaled(leaf, w, flat) for leaf, _, w in match(reads.leaves, params)]
-        return apply_fn(jax.tree.unflatten(jax.tree.structure(params), leaves), inputs)
-
-    return gated, {group.name: jnp.ones(group.size) for group in groups.groups}
-
-
-def _scaled(leaf: LeafChannels, weights: Float[Array, "..."], gates: Float[Array, " channels"]) -> Float[Array, "..."]:
-    sizes = factor_sizes(leaf)
-    scaled = jnp.reshape(weights, sizes)
-    for place, factor in enumerate(factor for axis in leaf.axes for factor in axis):
-        own = (factor >= 0) & (factor < len(gates))
-        if own.any():
-            scale = jnp.where(own, gates[np.where(own, factor, 0)], 1).astype(scaled.dtype)
-            scaled = scaled * scale.reshape([-1 if i == place else 1 for i in range(len(sizes))])
-    return scaled.reshape(jnp.shape(weights))
 
 
 def factor_sizes(leaf: LeafChannels) -> list[int]:

@@ -46,7 +46,7 @@ def input_moments(
         convolution have none: they are left as they are.
 
     Raises:
-        ValueError: Inputs of different or zero length; `microbatch_size < 1`.
+        ValueError: Inputs of different or zero length; `microbatch_size < 1`; moments that are not finite.
 
     Cost:
         `n` forward passes and `2n · places · f²` flops a kernel of `f` inputs; memory `Σ f²` and the patches of a
@@ -80,6 +80,7 @@ def input_moments(
         chunk = jax.tree.map(lambda x, start=start: jnp.asarray(x)[start : start + microbatch_size], inputs)
         found = moments_of(params, chunk)
         total = found if not total else jax.tree.map(jnp.add, total, found)
+    _check_finite(total, "the moment", "look for NaN and infinities in inputs and params")
     return InputMoments(readers, jax.tree.map(lambda moment: moment / size, total), size)
 
 
@@ -100,7 +101,8 @@ def reconstruct_channels(
         lose no input.
 
     Raises:
-        ValueError: As `ChannelGroups.kept_units`; damping not positive; moments of other parameters.
+        ValueError: As `ChannelGroups.kept_units`; damping not positive; moments of other parameters; a fit that is
+            not finite (outside `jit`).
 
     Cost:
         `f³/3 + 2f²o` flops for each kernel `[f, o]` that loses inputs.
@@ -127,7 +129,7 @@ def reconstruct_channels(
     found = match(groups.leaves, params)
     if lost := sorted(set(moments.moments) - {path for _, path, _ in found}):
         raise ValueError(f"moments are of kernels {lost}, which params lack: take them at these parameters.")
-    updates = []
+    updates, fits = [], {}
     for (leaf, path, w), mask in zip(found, jax.tree.leaves(masks), strict=True):
         step = jnp.zeros_like(w)
         if path in moments.moments and leaf is not None:
@@ -136,9 +138,19 @@ def reconstruct_channels(
             for factor in (factor for axis in reader.axes for factor in leaf.axes[axis] or (np.full(1, -1),)):
                 stay = np.logical_and.outer(stay, stays(factor, units)).reshape(-1)
             if not stay.all():
-                step = reader.to_leaf(_refit(moments.moments[path], reader.to_matrix(w), stay, damping), w)
+                fits[path] = _refit(moments.moments[path], reader.to_matrix(w), stay, damping)
+                step = reader.to_leaf(fits[path], w)
         updates.append(jnp.where(mask, step, -w))
+    _check_finite(fits, "the refit", "look for NaN in params, or raise damping")
     return jax.tree.unflatten(jax.tree.structure(params), updates)
+
+
+def _check_finite(arrays: dict[str, Float[Array, "..."]], what: str, mend: str) -> None:
+    finite = {path: jnp.all(jnp.isfinite(array)) for path, array in arrays.items()}
+    if any(isinstance(value, jax.core.Tracer) for value in finite.values()):
+        return
+    if lost := [path for path, value in jax.device_get(finite).items() if not value]:
+        raise ValueError(f"Of kernels {lost} {what} is not finite: {mend}.")
 
 
 @jax.jit

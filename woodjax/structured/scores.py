@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from woodjax.hessian import gauss_newton_diagonal
 from woodjax.structured.channels import ChannelGroups, ChannelScores
-from woodjax.structured.reads import check_reads, gate_channels, reading_places
+from woodjax.structured.gates import gate_channels, one_example
+from woodjax.structured.reads import check_reads, reading_places
 from woodjax.tree import check_like
 from woodjax.typing import ApplyFn, Batch, Params
 
@@ -37,7 +38,9 @@ def gate_scores(
     """Half the Gauss–Newton matrix along each channel: `½ w_QᵀH_QQ w_Q`, the loss if a channel goes and nothing moves.
 
     `Q` are the weights that read the channel, so that all correlations inside it count, where the diagonal of
-    `hap_scores` has none. For softmax cross-entropy; the exact Fisher, not the empirical one.
+    `hap_scores` has none. For softmax cross-entropy; the exact Fisher, not the empirical one. Channels of queries and
+    keys and of tied weights have square-root gates on all their weights, see `gate_channels`. What sees a channel by
+    the side of its kernels, as layer normalisation or a sum of squares, is not counted.
 
     Args:
         groups: From `channel_groups`.
@@ -55,7 +58,7 @@ def gate_scores(
         ValueError: As `gate_channels` and `gauss_newton_diagonal`.
 
     Cost:
-        `n` forward and `n·C` backward passes; memory `microbatch_size · C · d`.
+        `n` forward and `n·C` backward passes, a trace of the network; memory `microbatch_size · C · d`.
 
     References:
         Liu et al., Group Fisher Pruning, 2021 (arXiv 2108.00708), section 3, with the exact in place of the
@@ -70,7 +73,7 @@ def gate_scores(
         >>> round(float(scores["a"][1] / scores["a"][0]), 3)
         4.0
     """
-    gated, gates = gate_channels(groups, apply_fn, params)
+    gated, gates = gate_channels(groups, apply_fn, params, one_example(inputs))
     diagonal = gauss_newton_diagonal(gated, gates, inputs, microbatch_size=microbatch_size, check=check)
     return jax.tree.map(lambda h: guard(0.5 * h), diagonal)
 

@@ -78,8 +78,8 @@ def select_channels(
     for name, value, least in (("implants", implants, 0.0), ("max_ratio", max_ratio, 0.0)):
         if not least <= value <= 1:
             raise ValueError(f"{name} is {value}: expected a fraction between 0 and 1.")
-    if round_to < 1:
-        raise ValueError(f"round_to is {round_to}: expected a number of channels, 1 or more.")
+    if not isinstance(round_to, (int, np.integer)) or round_to < 1:
+        raise ValueError(f"round_to is {round_to}: expected a whole number of channels, 1 or more.")
     order = _removable(groups, scores, max_ratio)
 
     def first(count: int) -> Selection:
@@ -131,8 +131,8 @@ def _removable(groups: ChannelGroups, scores: ChannelScores, max_ratio: float) -
     """Channels in the order in which they go, no more of a group than its cap."""
     names: list[tuple[str, int]] = []
     values = []
-    for name, score in scores.items():
-        group, score = groups[name], np.asarray(score, np.float64)
+    for name in sorted(scores, key=lambda name: groups[name].start):
+        group, score = groups[name], np.asarray(scores[name], np.float64)
         if score.shape != (group.size,):
             raise ValueError(
                 f"scores['{name}'] has shape {score.shape}, expected ({group.size},): one for each channel."
@@ -155,13 +155,13 @@ def _removable(groups: ChannelGroups, scores: ChannelScores, max_ratio: float) -
 
 def _without(groups: ChannelGroups, removed: list[tuple[str, int]], implants: float, round_to: int) -> Selection:
     """Remove channels, keep the last of them as implants, and give back what makes widths round."""
-    replaceable = _replaceable(groups) if implants else {}
+    replaceable = set(groups.implantable)
     kept, implanted = groups.all_kept(), {group.name: np.zeros(group.size, bool) for group in groups.groups}
     wanted = round(implants * len(removed))
     for name, index in removed:
         kept[name][index] = False
     for name, index in reversed(removed):
-        if wanted and replaceable[name]:
+        if wanted and name in replaceable:
             kept[name][index] = implanted[name][index] = True
             wanted -= 1
     back = {group.name: -int(kept[group.name].sum()) % round_to for group in groups.groups}
@@ -170,11 +170,3 @@ def _without(groups: ChannelGroups, removed: list[tuple[str, int]], implants: fl
             kept[name][index] = True
             back[name] -= 1
     return Selection(kept, implanted)
-
-
-def _replaceable(groups: ChannelGroups) -> dict[str, bool]:
-    paths = {(kernel.path, kernel.outputs) for kernel in groups.kernels}
-    return {
-        group.name: any((path, axis) in paths and role == "out" for path, axis, role in group.places)
-        for group in groups.groups
-    }

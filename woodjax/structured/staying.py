@@ -1,5 +1,8 @@
 """What stays of an axis, of a leaf and of a group."""
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -113,3 +116,56 @@ class GroupPlan(NamedTuple):
             return self
         kept, implanted = (tuple(self.kept[i] for i in indices) for indices in (later.kept, later.implanted))
         return self._replace(kept=kept, implanted=implanted)
+
+
+def check_plans(groups: Sequence[GroupPlan], leaves: Sequence[LeafPlan]) -> None:
+    """Raise unless the numbers of plans fit together.
+
+    Args:
+        groups: Of a plan.
+        leaves: The same.
+
+    Raises:
+        ValueError: Names that are not text or occur twice; indices that do not rise or are out of range; factors of
+            an axis that do not make up its size; implants for what goes. Naming the group or leaf.
+    """
+    for kind, names in (("groups", [group.name for group in groups]), ("leaves", [leaf.path for leaf in leaves])):
+        if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"The {kind} of the plan are {names}: expected names, each once.")
+    for group in groups:
+        where = f"Group '{group.name}' of the plan"
+        _check_indices(f"{where}: kept", group.kept, _whole(f"{where}: size", group.size))
+        _check_indices(f"{where}: implanted", group.implanted, group.size)
+        if not group.kept or not set(group.implanted) <= set(group.kept):
+            raise ValueError(f"{where} keeps {group.kept}, implants are {group.implanted}: expected some of some.")
+    for leaf in leaves:
+        _check_leaf(leaf, f"Leaf '{leaf.path}' of the plan")
+
+
+def _check_leaf(leaf: LeafPlan, where: str) -> None:
+    for axis in leaf.axes:
+        for size, kept in zip(axis.sizes, axis.kept, strict=False):
+            if kept is not None:
+                _check_indices(f"{where}: kept", kept, _whole(f"{where}: sizes", size))
+    sizes = tuple(math.prod(_whole(f"{where}: sizes", size) for size in axis.sizes) for axis in leaf.axes)
+    if sizes != leaf.shape or any(len(axis.sizes) != len(axis.kept) for axis in leaf.axes):
+        raise ValueError(f"{where} has shape {leaf.shape}, but axes {[tuple(axis) for axis in leaf.axes]}.")
+    if leaf.implants is not None:
+        outputs, places, at = leaf.implants
+        _check_indices(f"{where}: places of implants", places, len(leaf.shape))
+        _check_indices(f"{where}: axis of implants", (outputs,), len(leaf.shape))
+        if outputs in places or len(leaf.shape) - len(places) != 2:
+            raise ValueError(f"{where}: outputs on axis {outputs} and places on {places} leave no axis of inputs.")
+        _check_indices(f"{where}: implants", at, leaf.small[outputs])
+
+
+def _whole(what: str, number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{what} is {number!r}: expected a whole number, 0 or more.")
+    return number
+
+
+def _check_indices(what: str, indices: tuple[int, ...], size: int) -> None:
+    rising = all(type(i) is int and 0 <= i < size for i in indices) and all(a < b for a, b in pairwise(indices))
+    if type(indices) is not tuple or not rising:
+        raise ValueError(f"{what} is {indices!r}: expected rising indices below {size}.")
