@@ -188,6 +188,8 @@ class Solver:
         """
         parts: list[Factor] = []
         rest = size_of(axis)
+        if not rest:
+            return axis
         for factor in axis:
             inner = rest // factor.size
             for size in sorted((size for size in behind if inner < size < rest), reverse=True):
@@ -270,6 +272,8 @@ class Solver:
         """
         axes = [merged(axis) for axis in axes]
         size = size_of(axes[0])
+        if not size:
+            return [filled(0, KEPT) for _ in axes]
         behind = sorted({*(cut for axis in axes for cut in suffixes(axis)), size})
         if any(large % small for small, large in pairwise(behind)):
             return [self.fix(axis) for axis in axes]

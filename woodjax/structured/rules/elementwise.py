@@ -14,7 +14,21 @@ from woodjax.structured.solver import Solver
 SUMS = ("add", "add_any", "sub")
 NAMES = (
     *SUMS,
-    *("abs", "acos", "acosh", "and", "asin", "asinh", "atan", "atan2", "atanh", "bitcast_convert_type", "bessel_i0e", "bessel_i1e", "cbrt"),
+    *(
+        "abs",
+        "acos",
+        "acosh",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "bitcast_convert_type",
+        "bessel_i0e",
+        "bessel_i1e",
+        "cbrt",
+    ),
     *(
         "ceil",
         "clamp",

@@ -65,7 +65,7 @@ def _part(solver: Solver, axis: Axis, start: int, limit: int, stride: int) -> tu
         return axis, axis
     count = -(-(limit - start) // stride)
     if not count:
-        return filled(0, KEPT), solver.fix(axis)
+        return filled(0, KEPT), filled(size, ZERO)
     if not _moves(axis):
         return filled(count, KEPT), axis
     if len(axis) == 1 and plain(axis[0]):
