@@ -37,7 +37,7 @@ def last_of_padding(v, x):
 
 def nothing_of_it(v, x):
     h = x @ v["a"]
-    return jnp.concatenate([h[:, 0:0], jnp.roll(h[:, :1], 1, 1), h], 1) @ v["h"]
+    return jnp.concatenate([h[:, 0:0], jnp.roll(h[:, :1], 1, 1), h], 1) @ v["w"] @ v["h"]
 
 
 def rematerialised(v, x):
@@ -55,7 +55,7 @@ CASES = {
         {"a": (3, 24), "b": (3, 24), "s": (8,), "t": (12,), "w": (48, 4), "h": (4, 2)},
     ),
     "last of padding": (last_of_padding, {"a": (3, 4), "s": (1, 2), "h": (7, 2)}),
-    "nothing of it": (nothing_of_it, {"a": (3, 4), "h": (5, 2)}),
+    "nothing of it": (nothing_of_it, {"a": (3, 4), "w": (5, 4), "h": (4, 2)}),
     "rematerialised": (rematerialised, {"a": (3, 4), "w": (4, 5), "h": (5, 2)}),
 }
 

@@ -142,6 +142,8 @@ def _joined(solver: Solver, given: Sequence[Axis], zeros: Sequence[bool]) -> tup
     size = sum(map(size_of, given))
     if not any(_moves(axis) for axis in given):
         return filled(size, KEPT), given
+    if not all(map(size_of, given)):
+        return filled(size, KEPT), [solver.fix(axis) for axis in given]
     given = [filled(size_of(axis), ZERO) if zero else axis for axis, zero in zip(given, zeros, strict=True)]
     behind = max((suffixes(axis)[0] for axis in given if len(axis) > 1), default=1)
     cut = [axis if size_of(axis) % behind else solver.cut_at(axis, behind) for axis in given]
