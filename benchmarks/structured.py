@@ -9,6 +9,7 @@ accuracy on the exact test images and on 2,000 recompressed ones, fine-tuning on
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Network(NamedTuple):
     model: nnx.Module
     train: Dataset
     tests: dict[str, tuple[np.ndarray, np.ndarray]]  # images and labels by name
+    narrow: Callable[[nnx.Rngs], nnx.Module]  # the same with half the widths, untrained
 
 
 def network_of(data_dir: Path | None, *, quick: bool) -> Network:
@@ -52,7 +54,8 @@ def network_of(data_dir: Path | None, *, quick: bool) -> Network:
         model = ResNet(1, widths=(8, 16, 32), rngs=nnx.Rngs(0))
         optimizer = sgd_recipe(0.1, steps=6 * (data.num_train // 64))
         fit(model, data, epochs=6, optimizer=optimizer, seed=0, batch_size=64)
-        return Network("resnet8-digits", model, data, {"digits": (data.test_inputs, data.test_labels)})
+        tests = {"digits": (data.test_inputs, data.test_labels)}
+        return Network("resnet8-digits", model, data, tests, lambda rngs: ResNet(1, widths=(4, 8, 16), rngs=rngs))
     model = resnet20(nnx.Rngs(0))
     load_torch_layout(model, data_dir / "checkpoints" / "resnet20_cifar10.safetensors")
     model.eval()
@@ -62,7 +65,7 @@ def network_of(data_dir: Path | None, *, quick: bool) -> Network:
         "exact": (exact.test_inputs, exact.test_labels),
         "jpeg": (copy.test_inputs[order], copy.test_labels[order]),
     }
-    return Network("resnet20", model, copy, tests)
+    return Network("resnet20", model, copy, tests, lambda rngs: ResNet(3, widths=(8, 16, 32), rngs=rngs))
 
 
 def in_blocks(groups: wj.ChannelGroups) -> frozenset[str]:
@@ -136,10 +139,15 @@ def record_latency(
         name: wj.make_plan(groups, *wj.select_channels(groups, scores, macs=0.5, round_to=round_to, **options))
         for name, options in {"shrunk": {}, "implanted": {"implants": 0.3}}.items()
     }
+    half = wj.make_plan(groups, {group.name: np.arange(group.size) < group.size // 2 for group in groups.groups})
+    narrow = network.narrow(nnx.Rngs(0))
+    narrow.eval()
     variants = {
         "dense": (apply_fn, variables),
         "masked": (apply_fn, wj.apply_masks(variables, plans["shrunk"].masks(variables))),
         **{name: (wj.shrunk_network(apply_fn, plan), plan.shrink(variables)) for name, plan in plans.items()},
+        "half of every group": (wj.shrunk_network(apply_fn, half), half.shrink(variables)),
+        "built with half the widths": functional_variables(narrow),
         "dense again": (apply_fn, variables),
     }
     for batch in batches:
