@@ -142,6 +142,7 @@ def picture(records: list[Record]) -> Figure:
     figure = Figure(figsize=(5.5 * max(1, len(tests)), 4.5), layout="constrained")
     for axes, test in zip(figure.subplots(1, max(1, len(tests)), squeeze=False)[0], tests, strict=False):
         _draw(axes, records, found, test)
+    figure.axes[0].legend(frameon=False, fontsize=7)
     return figure
 
 
@@ -155,7 +156,6 @@ def _draw(axes: Axes, records: list[Record], found: list[Record], test: str) -> 
             style = "--" if method in ("random", "bn-scale", "l2") else "-"
             axes.plot([100 * r for r in ratios], means, style, marker="o", markersize=3, label=_title(method))
     axes.set(xlabel="% of channels removed", ylabel="accuracy, %", title=NAMES[test], ylim=(0, 100))
-    axes.legend(frameon=False, fontsize=7)
 
 
 def readme_table(records: list[Record]) -> str:

@@ -120,6 +120,6 @@ def _batches(data: Dataset) -> list[np.ndarray]:
 def _accuracy(network: wj.typing.ApplyFn, variables: PyTree, images: np.ndarray, labels: np.ndarray) -> float:
     right = [
         np.asarray(network(variables, jnp.asarray(images[i : i + 500])).argmax(-1)) == labels[i : i + 500]
-        for i in range(0, len(labels) - len(labels) % 500 or len(labels), 500)
+        for i in range(0, len(labels), 500)
     ]
     return float(np.concatenate(right).mean())
