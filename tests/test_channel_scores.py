@@ -156,6 +156,14 @@ def attention(p, x, gates=None):
     return jax.nn.softmax(jnp.einsum("nic,njc->nij", q, k)) @ v @ p["head"]
 
 
+def fused_attention(p, x, gates=None):
+    """Queries, keys and values of 4 channels from one kernel."""
+    q, k, v = jnp.moveaxis(jnp.einsum("nid,dtc->nitc", x, p["qkv"]) + p["bias"], 2, 0)
+    if gates is not None:
+        q, v = q * gates["qkv"], v * gates["qkv"]
+    return jax.nn.softmax(jnp.einsum("nic,njc->nij", q, k)) @ v @ p["head"]
+
+
 def tied_embeddings(p, x, gates=None):
     """A stream of 4 channels from an embedding that reads it as well, and a hidden layer of 6."""
     g, hidden = (1, 1) if gates is None else (gates["down"], gates["up"])
@@ -171,6 +179,11 @@ def tied_autoencoder(p, x, gates=None):
 QKV = {"q": (3, 4), "k": (3, 4), "v": (3, 5), "q_bias": (4,), "k_bias": (4,), "v_bias": (5,), "head": (5, 2)}
 BY_HAND = {
     "attention": (attention, QKV, np.random.default_rng(1).standard_normal((2, 6, 3)).astype(np.float32)),
+    "fused attention": (
+        fused_attention,
+        {"qkv": (3, 3, 4), "bias": (3, 4), "head": (4, 2)},
+        np.random.default_rng(1).standard_normal((2, 6, 3)).astype(np.float32),
+    ),
     "tied embeddings": (tied_embeddings, {"table": (11, 4), "up": (4, 6), "down": (6, 4)}, np.arange(8).reshape(2, 4)),
     "tied autoencoder": (tied_autoencoder, {"w": (3, 5)}, np.random.default_rng(1).standard_normal((2, 3))),
 }

@@ -30,17 +30,17 @@ def gate_channels(
     by the side of the kernels that read them, as the mean and variance of layer normalisation or a sum of squares,
     still does.
 
-    Channels that no kernel reads, as those of queries and keys, or that a kernel both writes and reads, as tied
-    embeddings do, have the square root of the gate on every weight instead. That is the gate itself where one such
-    weight follows another, `√g q · √g k = g (q · k)`, and zero is the pruned network; but a scale on the way counts
-    half as much again in derivatives, and they are to be taken at gates above zero.
+    Channels that no kernel reads, as those of queries and keys (fused with values or not), or that a kernel both
+    writes and reads, as tied embeddings do, have the square root of the gate on every weight instead. That is the gate
+    itself where one such weight follows another, `√g q · √g k = g (q · k)`, and zero is the pruned network; but a
+    scale on the way counts half as much again in derivatives, and they are to be taken at gates above zero.
 
     Args:
         groups: From `channel_groups`.
         apply_fn: `apply_fn(params, inputs)`.
         params: The parameters, or all variables.
-        inputs: What the network takes; shapes are enough. Leaves that both write and read a channel are only found
-            with them: without, pass no network that has tied weights.
+        inputs: What the network takes; shapes are enough. Tied weights and queries fused with values are only
+            found with them: without, pass no network that has any.
 
     Returns:
         `gated(gates, inputs)` and gates of one, `[n]` for each group.
@@ -107,11 +107,20 @@ def _scaled(leaf: LeafChannels, weights: Float[Array, "..."], gates: Float[Array
 
 
 def _tied(groups: ChannelGroups, apply_fn: ApplyFn, params: Params, inputs: Batch) -> set[str]:
-    """Groups of which an axis of a leaf both writes the channels and reads them, in different products."""
+    """Groups that a leaf both writes and reads along one axis, or that are summed over without any kernel."""
     traced = Traced.of(apply_fn, params, inputs)
     reading = read_program(traced, union=groups.streams == "union", barriers=groups.unknown == "barrier")
     names = [path if leaf is None else leaf.path for leaf, path, _ in match(groups.leaves, params)]
     uses: dict[tuple[str, int], set[str]] = defaultdict(set)
+    numbers = [group.start for group in groups.groups]
+    owners: dict[int, str] = {}  # of a root
+    for (leaf, _, _), axes in zip(match(groups.leaves, params), reading.leaves, strict=True):
+        for found, axis in zip(() if leaf is None else leaf.axes, axes, strict=False):
+            for units, factor in zip(found, axis, strict=False):
+                for unit, root in zip(units, reading.solver.roots(factor.units), strict=False):
+                    if 0 <= unit < groups.num_channels:
+                        owners[int(root)] = groups.groups[int(np.searchsorted(numbers, unit, "right")) - 1].name
+    summed: set[str] = set()
 
     def note(axes: Sequence[Axis], role: str) -> None:
         for number, i in (place for axis in axes for factor in axis for place in factor.places):
@@ -125,7 +134,12 @@ def _tied(groups: ChannelGroups, apply_fn: ApplyFn, params: Params, inputs: Batc
             parts = parts_of(reading.solver, equation, values)
             note(parts.free, "out")
             note(parts.summed, "in")
+            if all(value.example for value in values):
+                roots = (reading.solver.roots(factor.units) for axis in parts.summed for factor in axis)
+                summed.update(owners[root] for found in roots for root in map(int, found) if root in owners)
 
     walk = Walk(reading.solver, barriers=groups.unknown == "barrier", on_product=use)
     walk.program(traced.jaxpr, traced.consts, reading.items())
-    return {group.name for group in groups.groups if any(len(uses[path, axis]) > 1 for path, axis, _ in group.places)}
+    return summed | {
+        group.name for group in groups.groups if any(len(uses[path, axis]) > 1 for path, axis, _ in group.places)
+    }
