@@ -1,4 +1,16 @@
-"""Structured pruning: channels, plans and networks that are really smaller."""
+"""Structured pruning: channels, plans and networks that are really smaller.
+
+| files | what |
+|---|---|
+| `axes`, `solver`, `rules/` | which indices of which axes go together, primitive by primitive |
+| `walk`, `reading`, `running` | a program, read for its channels and run on fewer of them |
+| `find`, `channels`, `restrict`, `matching` | groups of channels, and what stays of leaves and costs |
+| `scores`, `weight_scores`, `gates`, `reads`, `joint`, `surgeon` | what each channel is worth |
+| `reconstruction`, `recording` | readers refitted by least squares |
+| `select`, `plan`, `staying` | what stays, for a budget |
+| `implants`, `start` | kernels of which some outputs are low-rank |
+| `shrunk`, `rebuilt` | the smaller network |
+"""
 
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, ChannelScores
 from woodjax.structured.find import channel_groups

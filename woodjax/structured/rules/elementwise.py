@@ -12,44 +12,13 @@ from woodjax.structured.rules.rule import Rule, Spread, Wanted
 from woodjax.structured.solver import Solver
 
 SUMS = ("add", "add_any", "sub")
-NAMES = (
-    *SUMS,
-    *(
-        "abs",
-        "acos",
-        "acosh",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "bitcast_convert_type",
-        "bessel_i0e",
-        "bessel_i1e",
-        "cbrt",
-    ),
-    *(
-        "ceil",
-        "clamp",
-        "conj",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "cosh",
-        "digamma",
-        "div",
-        "eq",
-        "erf",
-        "erfc",
-    ),
-    *("erf_inv", "exp", "exp2", "expm1", "floor", "ge", "gt", "imag", "integer_pow", "is_finite", "le", "lgamma"),
-    *("log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real"),
-    *("reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "square"),
-    *("shift_right_logical", "sign", "sin", "sinh", "sqrt", "stop_gradient", "tan", "tanh", "xor"),
-)
-KEEP_CONSTANT = ("convert_element_type", "copy", "copy_p", "stop_gradient", "neg")
+NAMES = """
+    abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
+    conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+    imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow real
+    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin
+    sinh sqrt square stop_gradient tan tanh xor
+"""
 
 
 def spread(solver: Solver, equation: Any, values: Sequence[Value]) -> Spread:
@@ -132,4 +101,4 @@ def _at(equation: Any, numbers: Sequence[Any]) -> Any:
         return np.asarray(equation.primitive.bind(*operands, **equation.params))
 
 
-RULES = dict.fromkeys(NAMES, Rule(spread))
+RULES = dict.fromkeys((*SUMS, *NAMES.split()), Rule(spread))
