@@ -33,6 +33,7 @@ from woodjax.training import fit, sgd_recipe
 
 PARTS = ("zoo", "scores", "tune", "latency")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+QUICK = ("random", "l2", "hap-exact", "hap-3", "obs+compensation", "obs+least-squares")
 TEST_IMAGES = 2000
 SCORE_IMAGES = 512
 
@@ -186,7 +187,8 @@ def main() -> int:
     for seed in seeds(args.seeds):
         if "scores" in parts:
             ratios, probes = (RATIOS[2:3], (3,)) if args.quick else (RATIOS, PROBES)
-            only = None if args.methods is None else frozenset(args.methods.split(","))
+            chosen = args.methods.split(",") if args.methods else QUICK if args.quick else None
+            only = None if chosen is None else frozenset(chosen)
             record_scores(record, network, seed=seed, ratios=ratios, probes=probes, only=only)
         if "tune" in parts:
             tune(record, network.model, network.train, network.tests, seed=seed, quick=small)

@@ -61,7 +61,7 @@ def tune(
         "implants, all least squares": ("implants", implanted(moved)),
     }
     if quick:
-        starts = {name: starts[name] for name in ("shrunk", "shrunk, least squares", "implants, least squares")}
+        starts = {name: starts[name] for name in ("shrunk, least squares", "implants, least squares")}
     steps = epochs * (part.num_train // BATCH)
     optimizer = sgd_recipe(rate, steps=steps, decay="cosine", weight_decay=1e-4)
     for name, (plan, begin) in starts.items():

@@ -62,7 +62,7 @@ def zoo_error(kind: Kind, streams: Streams, seed: int, *, batch: int = 4) -> tup
     kept = {group.name: random.random(group.size) < 0.6 for group in groups.groups}
     for mask in kept.values():
         mask[random.integers(mask.size)] = True
-    implants = {name: mask & (random.random(mask.size) < 0.3) for name, mask in kept.items()}
+    implants = {name: kept[name] & (random.random(kept[name].size) < 0.3) for name in groups.implantable}
     plan = wj.make_plan(groups, kept, implants)
     masked = plan.expand(plan.shrink(variables))
     jit = partial(jax.jit, compiler_options=FAST_TO_COMPILE)
