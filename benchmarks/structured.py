@@ -21,7 +21,7 @@ from pai_start import load
 from records import Recorder, parser, pin_blas, seeds
 from rich.progress import track
 from structured_scores import PROBES, Case, methods
-from structured_tuning import tune
+from structured_tuning import accuracy_of, tune
 from structured_zoo import ZOO, zoo_error
 
 import woodjax as wj
@@ -118,14 +118,7 @@ def record_scores(
 
 def accuracies(apply_fn: wj.typing.ApplyFn, params: wj.typing.Params, network: Network) -> dict[str, float]:
     """Accuracy on each test set."""
-    found = {}
-    for name, (images, labels) in network.tests.items():
-        right = [
-            np.asarray(apply_fn(params, jnp.asarray(images[i : i + 500])).argmax(-1)) == labels[i : i + 500]
-            for i in range(0, len(labels), 500)
-        ]
-        found[name] = float(np.concatenate(right).mean())
-    return found
+    return {name: accuracy_of(apply_fn, params, *test) for name, test in network.tests.items()}
 
 
 def record_latency(

@@ -84,7 +84,7 @@ def tune(
         for when, tree in {"before": begin, "re-estimated": again(begin), "after": again(after)}.items():
             for test, (inputs, labels) in tests.items():
                 config = {"test": test, "when": when, "epochs": epochs, "examples": part.num_train}
-                value = _accuracy(network, tree, inputs, labels)
+                value = accuracy_of(network, tree, inputs, labels)
                 record.add("accuracy", value, "1", method=name, column=None, seed=seed, config=config)
                 print(f"{name}, {when}, {test}: {100 * value:.1f}")
         chosen = {"dense": ({}, {}), "shrunk": plain, "implants": mixed}[plan]
@@ -117,7 +117,8 @@ def _batches(data: Dataset) -> list[np.ndarray]:
     return [data.train_inputs[i : i + size] for i in range(0, min(data.num_train - size + 1, 5000), size)]
 
 
-def _accuracy(network: wj.typing.ApplyFn, variables: PyTree, images: np.ndarray, labels: np.ndarray) -> float:
+def accuracy_of(network: wj.typing.ApplyFn, variables: PyTree, images: np.ndarray, labels: np.ndarray) -> float:
+    """Fraction of the images that are told right."""
     right = [
         np.asarray(network(variables, jnp.asarray(images[i : i + 500])).argmax(-1)) == labels[i : i + 500]
         for i in range(0, len(labels), 500)

@@ -46,12 +46,11 @@ def match(described: Sequence[Description], tree: PyTree) -> list[tuple[Descript
     Raises:
         ValueError: A leaf of that path with another shape, unless it has one element or none.
     """
-    known: dict[str, Description | None] = {}
-    for leaf in described:
-        known[leaf.path] = leaf
+    known: dict[str, Description | None] = {leaf.path: leaf for leaf in described}
+    paths = set(known)
     for leaf in described:
         _, _, short = leaf.path.partition("/")
-        if short and short not in {other.path for other in described}:
+        if short and short not in paths:
             known[short] = None if short in known else leaf  # two collections with one name: neither
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_implanted):
