@@ -266,5 +266,21 @@ def stays(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -
     return np.append(units, True)[factor]  # FIXED is the last
 
 
+def stay_along(axis: Iterable[Int[np.ndarray, " size"]], units: Bool[np.ndarray, " units"]) -> Bool[np.ndarray, " n"]:
+    """Which indices of an axis stay, or of several in a row: those of which every factor stays.
+
+    Args:
+        axis: Its factors, row by row.
+        units: Which units stay.
+
+    Returns:
+        Bool for each index.
+    """
+    found = np.ones(1, bool)
+    for factor in axis:
+        found = np.logical_and.outer(found, stays(factor, units)).reshape(-1)
+    return found
+
+
 def _count(factor: Int[np.ndarray, " size"], units: Bool[np.ndarray, " units"]) -> int:
     return int(np.count_nonzero(stays(factor, units)))

@@ -1,7 +1,7 @@
 """A plan of what stays: applied to every tree of the network alike, and written as JSON."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, PyTree
+from jaxtyping import Bool, PyTree
 
-from woodjax.structured.channels import ChannelGroup, ChannelGroups, Kept, stays
+from woodjax.structured.channels import ChannelGroup, ChannelGroups, Kept, stay_along, stays
 from woodjax.structured.find import Streams, Unknown, check_options
 from woodjax.structured.implants import is_implanted
 from woodjax.structured.matching import match_some
@@ -222,14 +222,6 @@ def _indices(masks: Kept, group: ChannelGroup, default: bool) -> tuple[int, ...]
     return tuple(map(int, np.flatnonzero(mask)))
 
 
-def _product(axis: Sequence[Int[np.ndarray, " size"]], units: Bool[np.ndarray, " units"]) -> Bool[np.ndarray, " n"]:
-    """Which indices of an axis stay, of which each of its factors has one."""
-    found = np.ones(1, bool)
-    for factor in axis:
-        found = np.logical_and.outer(found, stays(factor, units)).reshape(-1)
-    return found
-
-
 def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) -> PrunePlan:
     """Plan what stays of every leaf, from what stays of every group.
 
@@ -278,7 +270,7 @@ def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) 
         plan = None
         if leaf.path in kernels:
             kernel = kernels[leaf.path]
-            whole, full = (_product(leaf.axes[kernel.outputs], left) for left in (units, units & ~implants))
+            whole, full = (stay_along(leaf.axes[kernel.outputs], left) for left in (units, units & ~implants))
             at = np.flatnonzero(~full[whole])
             if len(at):
                 plan = ImplantPlan(kernel.outputs, kernel.places, tuple(map(int, at)))

@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from woodjax import linalg
 from woodjax.gradients import batch_size
-from woodjax.structured.channels import ChannelGroups, Kept, stays
+from woodjax.structured.channels import ChannelGroups, Kept, stay_along
 from woodjax.structured.matching import match
 from woodjax.structured.plan import make_plan
 from woodjax.structured.recording import Reader, record_readers
@@ -134,9 +133,7 @@ def reconstruct_channels(
         step = jnp.zeros_like(w)
         if path in moments.moments and leaf is not None:
             reader = moments.readers[path]
-            stay = np.ones(1, bool)
-            for factor in (factor for axis in reader.axes for factor in leaf.axes[axis] or (np.full(1, -1),)):
-                stay = np.logical_and.outer(stay, stays(factor, units)).reshape(-1)
+            stay = stay_along((factor for axis in reader.axes for factor in leaf.axes[axis]), units)
             if not stay.all():
                 fits[path] = _refit(moments.moments[path], reader.to_matrix(w), stay, damping)
                 step = reader.to_leaf(fits[path], w)
