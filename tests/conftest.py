@@ -1,5 +1,6 @@
 """Real data is named by WOODJAX_DATA_DIR; tests that need it skip without."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def data_dir():
     if not folder or not Path(folder).is_dir():
         pytest.skip("WOODJAX_DATA_DIR names no folder with MNIST, CIFAR-10 and checkpoints")
     return Path(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unload_programs():
+    """Every compiled program keeps some memory maps; a process has 65,530 of them, and LLVM crashes without one."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
