@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from woodjax.placement import Microbatches, Placement, as_gradients, placement_of
 from woodjax.probe import check_loss
 from woodjax.tree import path_name
 from woodjax.typing import ApplyFn, Batch, Gradients, LossFn, Params
@@ -367,26 +368,35 @@ def _map_rows(
         hash(row_fn)
     except TypeError as error:
         raise ValueError("The loss cannot be hashed, which jit needs to know it again: pass a function.") from error
-    if microbatch_size is None or microbatch_size >= size:
-        return _vmap_rows(params, rows, row_fn=row_fn)
+    placement = placement_of(params, rows)
+    cut = Microbatches.of(size, microbatch_size or size, placement)
+    if cut.at_once == size:
+        return _vmap_rows(params, rows, row_fn=row_fn, placement=placement)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, rows))):
         return lax.map(lambda row: row_fn(params, row), rows, batch_size=microbatch_size)
     # Outside jit the loop runs on the host, into one donated buffer. XLA's CPU backend runs the gradient of a
     # convolution inside a compiled loop by a naive kernel, many times slower than the same outside one.
     row_shapes = jax.eval_shape(row_fn, params, jax.tree.map(lambda x: x[0], rows))
-    result = jax.tree.map(lambda g: jnp.zeros((size, *g.shape), g.dtype), row_shapes)
-    for start in range(0, size, microbatch_size):
-        first = min(start, size - microbatch_size)  # the last micro-batch may repeat rows of the one before
-        result = _fill_rows(result, params, rows, first, row_fn=row_fn, microbatch_size=microbatch_size)
+    result = _empty_rows(size, jax.tree.structure(row_shapes), tuple(jax.tree.leaves(row_shapes)), placement)
+    for start in cut.starts:
+        result = _fill_rows(result, params, rows, start, row_fn=row_fn, cut=cut, placement=placement)
     return result
 
 
-@partial(jax.jit, static_argnames="row_fn")
-def _vmap_rows(params: Params, rows: Batch, *, row_fn: Callable[[Params, Batch], Params]) -> Gradients:
-    return jax.vmap(lambda row: row_fn(params, row))(rows)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty_rows(size: int, treedef: Any, shapes: tuple[Any, ...], placement: Placement | None) -> Gradients:
+    empty = [jnp.zeros((size, *shape.shape), shape.dtype) for shape in shapes]
+    return as_gradients(jax.tree.unflatten(treedef, empty), placement)
 
 
-@partial(jax.jit, static_argnames=("row_fn", "microbatch_size"), donate_argnums=0)
+@partial(jax.jit, static_argnames=("row_fn", "placement"))
+def _vmap_rows(
+    params: Params, rows: Batch, *, row_fn: Callable[[Params, Batch], Params], placement: Placement | None
+) -> Gradients:
+    return as_gradients(jax.vmap(lambda row: row_fn(params, row))(rows), placement)
+
+
+@partial(jax.jit, static_argnames=("row_fn", "cut", "placement"), donate_argnums=0)
 def _fill_rows(
     result: Gradients,
     params: Params,
@@ -394,8 +404,9 @@ def _fill_rows(
     start: int,
     *,
     row_fn: Callable[[Params, Batch], Params],
-    microbatch_size: int,
+    cut: Microbatches,
+    placement: Placement | None,
 ) -> Gradients:
-    chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, microbatch_size), rows)
-    filled = jax.vmap(lambda row: row_fn(params, row))(chunk)
-    return jax.tree.map(lambda x, g: lax.dynamic_update_slice_in_dim(x, g, start, 0), result, filled)
+    chunk, *_ = cut.take(rows, start)
+    filled = as_gradients(jax.vmap(lambda row: row_fn(params, row))(chunk), placement)
+    return as_gradients(jax.tree.map(lambda x, g: cut.put(x, g, start), result, filled), placement)

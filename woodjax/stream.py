@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from woodjax.gradients import LossRow, batch_size, group_examples
+from woodjax.placement import Microbatches, Placement, as_gradients, as_params, placement_of
 from woodjax.probe import check_loss
 from woodjax.tree import apply_masks, check_bool, check_floating, check_like, wide_dtype
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
@@ -55,7 +56,7 @@ class GradientStream:
     @property
     def rows_at_once(self) -> int:
         """Rows in a micro-batch."""
-        return min(self.microbatch_size, self.num_rows)
+        return self._static().cut.at_once
 
     @property
     def rows(self) -> Batch:
@@ -77,8 +78,9 @@ class GradientStream:
 
     def collect(self) -> Gradients:
         """All rows: a params-tree whose leaves are `[m, *leaf.shape]`."""
-        empty = jax.tree.map(lambda w: jnp.zeros((self.num_rows, *w.shape), w.dtype), self.params)
-        return self.fold(_write, empty)
+        static = self._static()
+        empty = _empty_rows(self.params, self.num_rows, static.placement)
+        return self.fold(_Write(static.cut, static.placement), empty)
 
     def fold(
         self,
@@ -158,7 +160,7 @@ class GradientStream:
                 f"coefficients have shape {jnp.shape(coefficients)}, expected one for each of {self.num_rows} rows."
             )
         arguments = self.params, self.rows, self.masks, self.loss_row, coefficients
-        empty = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
+        empty = _empty_sums(self.params, self._static().placement)
         return self._loop(lambda s, start: _combine_step(s, *arguments, start, stream=self._static()), empty)
 
     def squares(self, row: Callable[[Params, Batch], Any] | None = None) -> Params:
@@ -170,20 +172,22 @@ class GradientStream:
         Returns:
             A params-tree, at least float32.
         """
-        empty = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), self.params)
+        empty = _empty_sums(self.params, self._static().placement)
         return self.fold(_add_squares, empty, row=row)
 
     def _loop(self, step: Callable[[State, Int[Array, ""] | int], State], state: State) -> State:
         # On the host where it can: XLA's CPU backend runs gradients of convolutions slowly inside a compiled loop.
-        k, n = self.rows_at_once, self.num_rows
+        cut = self._static().cut
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((self, state))):
-            return lax.fori_loop(0, -(-n // k), lambda i, s: step(s, i * k), state)
-        for start in range(0, n, k):
+            return lax.fori_loop(0, len(cut.starts), lambda i, s: step(s, i * cut.at_once), state)
+        for start in cut.starts:
             state = step(state, start)
         return state
 
     def _static(self) -> "_Static":
-        return _Static(self.rows_at_once, self.num_rows, self.precision)
+        placement = placement_of(self.params, self.batch)
+        cut = Microbatches.of(self.num_rows, self.microbatch_size, placement)
+        return _Static(cut, self.precision, placement)
 
 
 def stream_gradients(
@@ -256,24 +260,39 @@ def stream_gradients(
 class _Static:
     """What the compiled steps know of a stream."""
 
-    rows_at_once: int
-    num_rows: int
+    cut: Microbatches
     precision: str | None
-
-    def take(self, rows: Any, start: Int[Array, ""] | int) -> tuple[Any, Array, Array]:
-        """Rows of a micro-batch, the first of them, and which were not seen before."""
-        first = jnp.minimum(start, self.num_rows - self.rows_at_once)  # the last one repeats rows of the one before
-        chunk = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, self.rows_at_once), rows)
-        return chunk, first, first + jnp.arange(self.rows_at_once) >= start
+    placement: Placement | None
 
 
 def _losses(loss_row: LossRow, params: Params, chunk: Batch) -> Float[Array, " k"]:
     return jax.vmap(loss_row.loss, in_axes=(None, 0))(params, chunk)
 
 
-def _write(result: Gradients, gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Gradients:
-    del fresh  # rows that were seen before are written over themselves
-    return jax.tree.map(lambda x, g: lax.dynamic_update_slice_in_dim(x, g, first, 0), result, gradients)
+@dataclass(frozen=True)
+class _Write:
+    """Puts gradients where their rows are; rows that were seen before are written over themselves."""
+
+    cut: Microbatches
+    placement: Placement | None
+
+    def __call__(
+        self, result: Gradients, gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]
+    ) -> Gradients:
+        del fresh
+        start = first * self.cut.split
+        return as_gradients(jax.tree.map(lambda x, g: self.cut.put(x, g, start), result, gradients), self.placement)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _empty_rows(params: Params, size: int, placement: Placement | None) -> Gradients:
+    return as_gradients(jax.tree.map(lambda w: jnp.zeros((size, *w.shape), w.dtype), params), placement)
+
+
+@partial(jax.jit, static_argnums=1)
+def _empty_sums(params: Params, placement: Placement | None) -> Params:
+    wide = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), params)
+    return as_params(wide, placement)
 
 
 def _add_squares(sums: Params, rows: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Params:
@@ -299,11 +318,13 @@ def _fold_step(
     row: Callable[[Params, Batch], Any] | None,
     stream: _Static,
 ) -> Any:
-    chunk, first, fresh = stream.take(rows, start)
+    chunk, first, fresh = stream.cut.take(rows, start)
     with jax.default_matmul_precision(stream.precision):
         gradients = jax.vmap(row or loss_row, in_axes=(None, 0))(params, chunk)
     if masks is not None and row is None:
         gradients = apply_masks(gradients, masks)
+    if row is None:
+        gradients = as_gradients(gradients, stream.placement)
     return step(state, gradients, first, fresh)
 
 
@@ -319,12 +340,12 @@ def _products_step(
     *,
     stream: _Static,
 ) -> Array:
-    chunk, first, _ = stream.take(rows, start)
+    chunk, *_ = stream.cut.take(rows, start)
     along = vector if masks is None else apply_masks(vector, masks)
     tangent = jax.tree.map(lambda v, w: v.astype(w.dtype), along, params)
     with jax.default_matmul_precision(stream.precision):
         _, slopes = jax.jvp(lambda p: _losses(loss_row, p, chunk), (params,), (tangent,))
-    return lax.dynamic_update_slice_in_dim(result, slopes.astype(result.dtype), first, 0)
+    return stream.cut.put(result, slopes.astype(result.dtype), start)
 
 
 @partial(jax.jit, static_argnames="stream", donate_argnums=0)
@@ -339,9 +360,9 @@ def _combine_step(
     *,
     stream: _Static,
 ) -> Params:
-    (chunk, weights), _, fresh = stream.take((rows, coefficients), start)
+    (chunk, weights), _, fresh = stream.cut.take((rows, coefficients), start)
     with jax.default_matmul_precision(stream.precision):
         gradient = jax.grad(lambda p: jnp.dot(jnp.where(fresh, weights, 0), _losses(loss_row, p, chunk)))(params)
     if masks is not None:
         gradient = apply_masks(gradient, masks)
-    return jax.tree.map(jnp.add, result, gradient)
+    return as_params(jax.tree.map(jnp.add, result, gradient), stream.placement)

@@ -9,12 +9,14 @@ whole network, without padding.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from woodjax.typing import Select
@@ -106,6 +108,36 @@ class Layout:
         if self.whole:
             return 1
         return sum(leaf.rows * -(-leaf.row_size // self.block_size) for leaf in self.selected)
+
+    @property
+    def view(self) -> "Layout":
+        """What a device sees of it: all, as all is on it."""
+        return self
+
+    @property
+    def mesh_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which blocks and columns are split: none."""
+        return ()
+
+    @property
+    def column_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which the columns of one block are split: none."""
+        return ()
+
+    def spread(self, axis: int) -> PartitionSpec:
+        """Spec of an array that is split over all devices along one axis: not split."""
+        del axis
+        return PartitionSpec()
+
+    def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`function` on every device, of what it holds of the arguments: as it is."""
+        del in_specs, out_specs
+        return function
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axis: int) -> Shaped[Array, "..."]:
+        """Zeros that are split over all devices along one axis: not split."""
+        del axis
+        return jnp.zeros(shape, dtype)
 
     def to_blocks(self, tree: PyTree) -> Shaped[Array, "*lead nb b"]:
         """Cut the selected leaves of a tree into blocks.

@@ -85,6 +85,7 @@ class Grouped(abc.ABC):
         Cost:
             As `group_costs`; correlations between parts are zero.
         """
+        self._check_here()
         parts: dict[int, list[tuple[Array, Array]]] = {}
         pairs = zip(self.layout.flatten(groups), self.layout.flatten(target), strict=True)
         for leaf, (at, t) in enumerate(pairs):
@@ -101,7 +102,15 @@ class Grouped(abc.ABC):
             total = total + costs
         return total
 
+    def _check_here(self) -> None:
+        if self.layout.mesh_axes:
+            raise ValueError(
+                "Groups of weights are not answered for on several devices: gather the parameters onto one, or prune "
+                "layer by layer (woodjax.prune_layers)."
+            )
+
     def _group_answers(self, function: Callable[..., Array], groups: Groups, target: Params | None = None) -> Params:
+        self._check_here()
         indices = self.layout.flatten(groups)
         values = [None] * len(indices) if target is None else self.layout.flatten(target)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(self))
@@ -128,6 +137,10 @@ class Grouped(abc.ABC):
 @dataclass(frozen=True)
 class Blocked(Grouped):
     """A curvature that is block-diagonal in the blocks of a layout."""
+
+    @abc.abstractmethod
+    def shard_specs(self) -> Any:
+        """The curvature with the specs of its arrays in their place."""
 
     @abc.abstractmethod
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:

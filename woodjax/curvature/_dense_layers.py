@@ -10,10 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import after
-from woodjax.curvature.sums import layout_of
 from woodjax.stream import GradientStream
 from woodjax.taps import Tap, TapRow, dense_leaves
-from woodjax.tree import Layout
+from woodjax.tree import Layout, make_layout
 from woodjax.typing import Gradients, Params, Select
 
 State: TypeAlias = Any  # what a leaf is summed into: a pytree of arrays
@@ -59,7 +58,7 @@ def layout_of_dense_layers(stream: GradientStream, select: Select, name: str) ->
             f"{name} has one matrix of inputs for all output units and cannot leave single weights out: pass a stream "
             "without masks, or use woodjax.row_fisher."
         )
-    layout = layout_of(stream, block_size=None, select=select, batch_axes=0)
+    layout = make_layout(stream.params, select=select)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stream.rows)
     tapped = dense_leaves(stream.loss_row.loss, stream.params, example)
     lost = [spec.path for i, spec in enumerate(layout.leaves) if spec.selected and i not in tapped]

@@ -13,6 +13,7 @@ from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,9 +30,10 @@ from woodjax.curvature.damping import (
     spectrum_of_sums,
     split_damping,
 )
-from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, sum_up
+from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, placed_layout, sum_up
+from woodjax.placement import ShardedLayout
 from woodjax.stream import GradientStream
-from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
+from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Params, Select
 
 Engine = Literal["auto", "scan", "rank_k", "primal", "dual"]
@@ -59,6 +61,11 @@ class BlockFisher(Blocked):
     inverse: Float[Array, "nb b b"]
     damping: Float[Array, " nb"]  # as used: raised where a factor failed
     raised: Int[Array, ""]  # blocks where it was raised
+
+    def shard_specs(self) -> "BlockFisher":
+        """All is split along the blocks."""
+        blocks = self.layout.spread(0)
+        return BlockFisher(self.layout, blocks, blocks, PartitionSpec())
 
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
         """Read the diagonals."""
@@ -128,20 +135,32 @@ class BlockSums(Accumulator):
             >>> monday.merge(tuesday).finalize(0.5).inverse_diagonal().tolist()
             [[1.0, 1.0]]
         """
-        layout = make_layout(params, block_size=block_size, select=select, batch_axes=batch_axes)
+        layout = placed_layout(params, block_size=block_size, select=select, batch_axes=batch_axes)
         return cls.empty(layout, wide_dtype(params))
 
     @classmethod
     def empty(cls, layout: Layout, dtype: DTypeLike = jnp.float32) -> Self:
         """The state before any data, of a layout that is there already."""
         b = layout.block_size
-        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros((layout.num_blocks, b, b), dtype))
+        return cls(layout, jnp.zeros((), jnp.int32), layout.zeros((layout.num_blocks, b, b), dtype, 0))
 
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """`2kb²` flops a block."""
         rows, new = only_fresh(rows, fresh)
-        sums = map_blocks(lambda g, total: total + linalg.contract("mi,mj->ij", g, g), rows, self.sums)
+        specs = (self.layout.spread(1), self.layout.spread(0)), self.layout.spread(0)
+        sums = self.layout.run(partial(map_blocks, _add_outer), *specs)(rows, self.sums)
         return replace(self, sums=sums, count=self.count + new)
+
+    def add_gradients(self, gradients: Gradients, fresh: Bool[Array, " k"] | None = None) -> Self:
+        """As `add_rows`; sums travel between devices, not rows, where there are fewer numbers in them."""
+        layout, k = self.layout, jax.tree.leaves(gradients)[0].shape[0]
+        if not isinstance(layout, ShardedLayout) or k <= layout.block_size:
+            return super().add_gradients(gradients, fresh)
+        if fresh is not None:
+            gradients = jax.tree.map(lambda g: jnp.where(fresh.reshape(-1, *(1,) * (g.ndim - 1)), g, 0), gradients)
+        specs = (layout.gradient_specs(),), layout.spread(0)
+        new = layout.run(partial(layout.view.sums, outer=_outer_sums), *specs)(gradients)
+        return replace(self, sums=self.sums + new, count=self.count + (k if fresh is None else jnp.sum(fresh)))
 
     def _merged(self, other: Self) -> Self:
         return replace(self, sums=self.sums + other.sums, count=self.count + other.count)
@@ -233,34 +252,56 @@ def block_fisher(
     return _invert_rows(gradients, number, layout=layout, engine=engine, rule=rule)
 
 
+def _add_outer(rows: Float[Array, "k b"], total: Float[Array, "b b"]) -> Float[Array, "b b"]:
+    return total + linalg.contract("mi,mj->ij", rows, rows)
+
+
+def _outer_sums(rows: Float[Array, "k n b"]) -> Float[Array, "n b b"]:
+    b = rows.shape[-1]
+    return map_blocks(_add_outer, rows, jnp.zeros((rows.shape[1], b, b), rows.dtype))
+
+
 @partial(jax.jit, static_argnames="rule")
 def _invert_sums(
     sums: BlockSums, held_out: BlockSums | None, number: Float[Array, ""] | float, *, rule: Rule
 ) -> BlockFisher:
-    whole = sums if held_out is None else sums.merge(held_out)
-    other = sums if held_out is None else held_out
-    asked = resolve_damping(
-        rule,
-        number,
-        lambda: jnp.diagonal(whole.sums, axis1=1, axis2=2) / whole.count,
-        lambda live: spectrum_of_sums(sums.sums / sums.count, other.sums / other.count, live),
-    )
-    b = sums.layout.block_size
-    inverse = map_chunks(
-        lambda block: linalg.fisher_inverse(block / whole.count, asked), whole.sums, INVERSION_BYTES * b * b
-    )
-    return _make(sums.layout, inverse, asked)
+    layout, view = sums.layout, sums.layout.view
+
+    def invert(
+        sums: BlockSums, held_out: BlockSums | None, number: Array | float
+    ) -> tuple[linalg.DampedInverse, Int[Array, ""]]:
+        whole = sums if held_out is None else sums.merge(held_out)
+        other = sums if held_out is None else held_out
+        spectrum = partial(spectrum_of_sums, sums.sums / sums.count, other.sums / other.count)
+        asked = resolve_damping(
+            rule,
+            number,
+            lambda: jnp.diagonal(whole.sums, axis1=1, axis2=2) / whole.count,
+            None if view.mesh_axes else spectrum,
+            view.mesh_axes,
+        )
+        bytes_each = INVERSION_BYTES * view.block_size**2
+        result = map_chunks(lambda b: linalg.fisher_inverse(b / whole.count, asked), whole.sums, bytes_each)
+        return result, count_raised(result.damping, asked, view.mesh_axes)
+
+    specs = BlockSums(layout, PartitionSpec(), layout.spread(0))
+    result, raised = layout.run(
+        invert,
+        (specs, specs if held_out is not None else PartitionSpec(), PartitionSpec()),
+        (layout.spread(0), PartitionSpec()),
+    )(sums, held_out, number)
+    return BlockFisher(layout, result.inverse, result.damping, raised)
 
 
 @partial(jax.jit, static_argnames=("layout", "engine", "rule"))
 def _invert_rows(
     gradients: Gradients, number: Float[Array, ""] | float, *, layout: Layout, engine: Engine, rule: Rule
 ) -> BlockFisher:
-    rows = layout.to_blocks(gradients)
-    asked = damping_of_rows(rows, rule, number)
-    return _make(layout, map_blocks(lambda g: ROW_ENGINES[engine](g, asked), rows), asked)
+    def invert(rows: Array, number: Array | float) -> tuple[linalg.DampedInverse, Int[Array, ""]]:
+        asked = damping_of_rows(rows, rule, number, layout.view)
+        result = map_blocks(lambda g: ROW_ENGINES[engine](g, asked), rows)
+        return result, count_raised(result.damping, asked, layout.view.mesh_axes)
 
-
-def _make(layout: Layout, result: linalg.DampedInverse, asked: Float[Array, ""] | float) -> BlockFisher:
-    raised = count_raised(result.damping, asked)
+    specs = (layout.spread(1), PartitionSpec()), (layout.spread(0), PartitionSpec())
+    result, raised = layout.run(invert, *specs)(layout.to_blocks(gradients), number)
     return BlockFisher(layout, result.inverse, result.damping, raised)

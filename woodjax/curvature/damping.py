@@ -12,6 +12,7 @@ do not dilute it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, after, map_blocks, map_chunks
+from woodjax.tree import Layout
 
 DECADES, STEPS = 10, 401  # the search for "auto": from 1e-8 to 1e2 of the mean diagonal, 1/40 of a decade apart
 
@@ -82,11 +84,12 @@ def check_damping(damping: Damping) -> None:
         )
 
 
-def mean_diagonal(squares: Float[Array, "..."]) -> Float[Array, ""]:
+def mean_diagonal(squares: Float[Array, "..."], axes: tuple[str, ...] = ()) -> Float[Array, ""]:
     """Mean of the diagonal of the Fisher over the coordinates that some gradient touches.
 
     Args:
         squares: `F_qq` for every coordinate.
+        axes: As in `linalg.gram`.
 
     Returns:
         A positive scalar; 1 where all gradients are zero.
@@ -95,8 +98,9 @@ def mean_diagonal(squares: Float[Array, "..."]) -> Float[Array, ""]:
         `2n` flops.
     """
     live = (squares > 0) & jnp.isfinite(squares)  # a broken leaf must not take the damping of the others along
-    count = jnp.sum(live)
-    return jnp.where(count > 0, jnp.sum(jnp.where(live, squares, 0)) / jnp.maximum(count, 1), 1.0)
+    count = linalg.total_over(jnp.sum(live), axes)
+    total = linalg.total_over(jnp.sum(jnp.where(live, squares, 0)), axes)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), 1.0)
 
 
 @jax.jit
@@ -203,6 +207,7 @@ def resolve_damping(
     number: Float[Array, ""] | float,
     squares: Callable[[], Float[Array, "..."]],
     spectrum: Callable[[Float[Array, ""]], Spectrum] | None = None,
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, ""] | float:
     """The number that a damping stands for.
 
@@ -212,6 +217,7 @@ def resolve_damping(
         squares: Makes `F_qq` of every coordinate; asked where it is needed.
         spectrum: Makes the spectrum, given the number of coordinates that some gradient touches; None where
             there is none.
+        axes: Inside `shard_map`: mesh axes over which the coordinates are split.
 
     Returns:
         `λ`.
@@ -223,32 +229,38 @@ def resolve_damping(
         None for a number.
     """
     if isinstance(rule, Relative):
-        return rule.alpha * mean_diagonal(squares())
+        return rule.alpha * mean_diagonal(squares(), axes)
     if isinstance(rule, str):
         if spectrum is None:
-            raise ValueError('damping="auto" is not offered for this curvature: pass woodjax.Relative(1e-2).')
+            raise ValueError(
+                'damping="auto" is not offered for this curvature, nor for blocks on several devices: pass '
+                "woodjax.Relative(1e-2)."
+            )
         diagonal = squares()
         sound = jnp.isfinite(diagonal).all(axis=-1, keepdims=True)
-        live = jnp.sum((diagonal > 0) & sound)
-        return most_likely_damping(spectrum(live), mean_diagonal(diagonal))
+        live = linalg.total_over(jnp.sum((diagonal > 0) & sound), axes)
+        return most_likely_damping(spectrum(live), mean_diagonal(diagonal, axes))
     return number
 
 
-def count_raised(used: Float[Array, "..."], asked: Float[Array, "..."] | float) -> Int[Array, ""]:
+def count_raised(
+    used: Float[Array, "..."], asked: Float[Array, "..."] | float, axes: tuple[str, ...] = ()
+) -> Int[Array, ""]:
     """Number of blocks whose damping was raised, which goes by tens.
 
     Args:
         used: `λ` of each block, as used.
         asked: As asked for, for all or for each.
+        axes: Inside `shard_map`: mesh axes over which the blocks are split.
 
     Returns:
         An integer scalar.
     """
-    return jnp.sum(used > 1.5 * jnp.asarray(asked), dtype=jnp.int32)
+    return linalg.total_over(jnp.sum(used > 1.5 * jnp.asarray(asked), dtype=jnp.int32), axes)
 
 
 def damping_of_rows(
-    rows: Float[Array, "m nb b"], rule: Rule, number: Float[Array, ""] | float
+    rows: Float[Array, "m nb b"], rule: Rule, number: Float[Array, ""] | float, view: Layout
 ) -> Float[Array, ""] | float:
     """The number that a damping stands for, where the gradients themselves are at hand.
 
@@ -256,12 +268,13 @@ def damping_of_rows(
         rows: Gradients in blocks.
         rule: From `split_damping`.
         number: From `split_damping`.
+        view: Layout of the rows.
 
     Returns:
         `λ`.
 
     Raises:
-        ValueError: `"auto"` with a single row.
+        ValueError: `"auto"` with a single row, or for blocks on several devices.
 
     Cost:
         `2md` flops for a relative damping; about `m²d + nb·3m³` for `"auto"`.
@@ -269,11 +282,13 @@ def damping_of_rows(
     m = rows.shape[0]
     if isinstance(rule, str):
         check_halves(m)
+    grams = partial(linalg.gram, axes=view.column_axes)
     return resolve_damping(
         rule,
         number,
         lambda: jnp.sum(jnp.square(rows), axis=0) / m,
-        lambda live: spectrum_of_grams(map_blocks(linalg.gram, rows), live),
+        None if view.mesh_axes and not view.whole else lambda live: spectrum_of_grams(map_blocks(grams, rows), live),
+        view.mesh_axes,
     )
 
 

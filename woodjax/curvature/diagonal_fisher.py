@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,7 +22,7 @@ from woodjax.curvature.damping import (
     resolve_damping,
     split_damping,
 )
-from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, sum_up
+from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, placed_layout, sum_up
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
 from woodjax.typing import Gradients, Params, Select
@@ -57,6 +58,10 @@ class DiagonalFisher(Blocked):
     def block_matvec(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
         """`h·v`."""
         return blocks * self.blocks
+
+    def shard_specs(self) -> "DiagonalFisher":
+        """Split along the columns."""
+        return DiagonalFisher(self.layout, self.layout.spread(int(self.layout.whole)), PartitionSpec())
 
     def block_compensate(
         self,
@@ -103,12 +108,13 @@ class DiagonalSums(Accumulator):
         Cost:
             Memory `d`.
         """
-        return cls.empty(make_layout(params, select=select, batch_axes=batch_axes), wide_dtype(params))
+        return cls.empty(placed_layout(params, select=select, batch_axes=batch_axes), wide_dtype(params))
 
     @classmethod
     def empty(cls, layout: Layout, dtype: DTypeLike = jnp.float32) -> Self:
         """The state before any data, of a layout that is there already."""
-        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros((layout.num_blocks, layout.block_size), dtype))
+        shape = layout.num_blocks, layout.block_size
+        return cls(layout, jnp.zeros((), jnp.int32), layout.zeros(shape, dtype, int(layout.whole)))
 
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """`2kd` flops."""

@@ -13,6 +13,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -28,9 +29,9 @@ from woodjax.curvature.damping import (
     split_damping,
 )
 from woodjax.curvature.protocol import compiled
-from woodjax.curvature.sums import Accumulator, accumulate, layout_of
+from woodjax.curvature.sums import Accumulator, accumulate, layout_of, placed_layout
 from woodjax.stream import GradientStream
-from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
+from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Masks, Params, Select, Updates
 
 
@@ -52,17 +53,29 @@ class LowRankFisher(Blocked):
         """`λ` of each block, as used: raised where a factor failed."""
         return self.whitener.damping
 
+    def shard_specs(self) -> "LowRankFisher":
+        """Gradients are split along their columns; the factor of the whole network is on all devices."""
+        factors = PartitionSpec() if self.layout.whole else self.layout.spread(0)
+        return LowRankFisher(
+            self.layout,
+            self.layout.spread(1 + self.layout.whole),
+            jax.tree.map(lambda _: factors, self.whitener),
+            PartitionSpec(),
+        )
+
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
         """`1.25m²b` flops a block, streamed over columns."""
         return map_blocks(linalg.dual_inverse_diagonal, self.gradients, self.whitener)
 
     def block_solve(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
         """`4mb + 4m²` flops a block."""
-        return map_blocks(linalg.dual_solve, self.gradients, self.whitener, blocks)
+        solve = partial(linalg.dual_solve, axes=self.layout.column_axes)
+        return map_blocks(solve, self.gradients, self.whitener, blocks)
 
     def block_matvec(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
         """`4mb` flops a block."""
         products = linalg.contract("mnb,nb->mn", self.gradients, blocks)
+        products = linalg.total_over(products, self.layout.column_axes)
         back = linalg.contract("mnb,mn->nb", self.gradients, products)
         return self.damping[:, None] * blocks + back / self.gradients.shape[0]
 
@@ -73,9 +86,10 @@ class LowRankFisher(Blocked):
         gradient: Float[Array, "nb b"] | None,
     ) -> Float[Array, "nb b"]:
         """`m²b + 2m³/3` flops a block: the Gram matrix of the survivors."""
-        return map_blocks(linalg.joint_step_gram, self.gradients, self.damping, weights, kept, gradient)
+        step = partial(linalg.joint_step_gram, axes=self.layout.column_axes)
+        return map_blocks(step, self.gradients, self.damping, weights, kept, gradient)
 
-    @compiled
+    @partial(compiled, lead=1)
     def compensate_at(
         self, params: Params, masks: Masks, multiples: Float[Array, " k"], gradient: Params | None = None
     ) -> Updates:
@@ -96,7 +110,7 @@ class LowRankFisher(Blocked):
         pruned = self.layout.to_blocks(jax.tree.map(jnp.logical_not, masks))
         first_order = None if gradient is None else self.layout.to_blocks(gradient)
         steps = map_blocks(
-            linalg.joint_steps_gram,
+            partial(linalg.joint_steps_gram, axes=self.layout.column_axes),
             self.gradients,
             self.damping[:, None] * multiples,
             self.layout.to_blocks(params),
@@ -194,14 +208,14 @@ class GradientRows(Accumulator):
         """
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}: pass the number of rows to make room for.")
-        layout = make_layout(params, block_size=block_size, select=select, batch_axes=batch_axes)
+        layout = placed_layout(params, block_size=block_size, select=select, batch_axes=batch_axes)
         return cls.empty(layout, capacity, wide_dtype(params))
 
     @classmethod
     def empty(cls, layout: Layout, capacity: int, dtype: DTypeLike = jnp.float32) -> Self:
         """The state before any data, of a layout that is there already."""
         shape = (capacity, layout.num_blocks, layout.block_size)
-        return cls(layout, jnp.zeros((), jnp.int32), jnp.zeros(shape, dtype))
+        return cls(layout, jnp.zeros((), jnp.int32), layout.zeros(shape, dtype, 1 + layout.whole))
 
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """Write fresh rows behind those that are there; `k·d` elements, and a copy of the state outside `jit`.
@@ -320,15 +334,22 @@ def _to_rows(gradients: Gradients, *, layout: Layout) -> Float[Array, "m nb b"]:
 
 def _factor(layout: Layout, rows: Float[Array, "m nb b"], damping: Damping) -> LowRankFisher:
     rule, number = split_damping(damping)
-    whitener, raised = _whiten(rows, number, rule=rule)
+    whitener, raised = _whiten(rows, number, rule=rule, layout=layout)
     return LowRankFisher(layout, rows, whitener, raised)
 
 
-@partial(jax.jit, static_argnames="rule")
+@partial(jax.jit, static_argnames=("rule", "layout"))
 def _whiten(
-    rows: Float[Array, "m nb b"], number: Float[Array, ""] | float, *, rule: Rule
+    rows: Float[Array, "m nb b"], number: Float[Array, ""] | float, *, rule: Rule, layout: Layout
 ) -> tuple[linalg.Whitener, Int[Array, ""]]:
-    asked = damping_of_rows(rows, rule, number)
-    grams = map_blocks(linalg.gram, rows)
-    whitener = map_chunks(lambda matrix: linalg.whiten(matrix, asked), grams, INVERSION_BYTES * rows.shape[0] ** 2)
-    return whitener, count_raised(whitener.damping, asked)
+    view = layout.view
+    grams_of, bytes_each = partial(linalg.gram, axes=view.column_axes), INVERSION_BYTES * rows.shape[0] ** 2
+
+    def factor(rows: Array, number: Array | float) -> tuple[linalg.Whitener, Int[Array, ""]]:
+        asked = damping_of_rows(rows, rule, number, view)
+        whitener = map_chunks(lambda gram: linalg.whiten(gram, asked), map_blocks(grams_of, rows), bytes_each)
+        return whitener, count_raised(whitener.damping, asked, () if view.whole else view.mesh_axes)
+
+    factors = PartitionSpec() if layout.whole else layout.spread(0)
+    specs = (layout.spread(1 + layout.whole), PartitionSpec()), (factors, PartitionSpec())
+    return layout.run(factor, *specs)(rows, number)

@@ -1,29 +1,54 @@
 """The questions that every curvature answers, and the one thing they all derive from them."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
+from woodjax.placement import ShardedLayout
 from woodjax.tree import Layout, check_like
 from woodjax.typing import Groups, Masks, Params, Updates
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled(method: F) -> F:
-    """`jax.jit` for a method of a pytree, with the method's own type.
+def compiled(method: F, *, lead: int = 0) -> F:
+    """`jax.jit` for a method of a curvature, with the method's own type.
+
+    With a layout on several devices every one of them runs the method, on its own columns and its shards of the
+    arguments, and holds its shards of the result.
 
     Args:
-        method: Takes `self`, a pytree.
+        method: Takes `self`, a pytree with a `layout`, and params-trees or small arrays; returns a params-tree.
+        lead: Leading axes of the leaves that it returns.
 
     Returns:
         The method, compiled once for each structure and shape.
     """
-    return cast(F, jax.jit(method))
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **keywords: Any) -> Any:
+        layout = self.layout
+        if not isinstance(layout, ShardedLayout):
+            return method(self, *args, **keywords)
+        given = tuple(_specs(layout, x) for x in args), {name: _specs(layout, x) for name, x in keywords.items()}
+        return layout.run(
+            lambda own, given: method(replace(own, layout=layout.view), *given[0], **given[1]),
+            (self.shard_specs(), given),
+            layout.tree_specs(lead),
+        )(self, (args, keywords))
+
+    return cast(F, jax.jit(run))
+
+
+def _specs(layout: ShardedLayout, argument: Any) -> Any:
+    return layout.tree_specs() if jax.tree.structure(argument) == layout.treedef else PartitionSpec()
 
 
 @runtime_checkable

@@ -23,10 +23,9 @@ from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, Grouped, after, map_chunks
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, count_raised, resolve_damping, split_damping
 from woodjax.curvature.protocol import compiled
-from woodjax.curvature.sums import layout_of
 from woodjax.stream import GradientStream
 from woodjax.taps import Tap, TapRow, dense_leaves
-from woodjax.tree import Layout, is_kernel, wide_dtype
+from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
 from woodjax.typing import Gradients, Masks, Params, Select, Updates
 
 Rows = list[Float[Array, "out fan_in"]]  # one for each selected leaf
@@ -134,7 +133,7 @@ def row_fisher(stream: GradientStream, *, damping: Damping = ONE_PERCENT, select
     if not isinstance(stream, GradientStream):
         raise ValueError("row_fisher takes a stream of gradients: pass woodjax.stream_gradients(...).")
     rule, number = split_damping(damping)
-    layout = layout_of(stream, block_size=None, select=select, batch_axes=0)
+    layout = make_layout(stream.params, select=select)
     if scalars := [spec.path for spec in layout.selected if not spec.shape]:
         raise ValueError(f"Leaves {scalars} have no axis for output units: leave them out by select=.")
     return _invert(row_sums(stream, layout), stream.masks, stream.num_rows, number, layout=layout, rule=rule)

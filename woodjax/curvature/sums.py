@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping
 from woodjax.curvature.protocol import Curvature
+from woodjax.placement import placement_of, sharded_layout
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, check_floating, make_layout
-from woodjax.typing import Gradients, Select
+from woodjax.typing import Batch, Gradients, Params, Select
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Accumulator(abc.ABC):
     @abc.abstractmethod
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """The state with those of the rows added that are fresh; None for all."""
+
+    def add_gradients(self, gradients: Gradients, fresh: Bool[Array, " k"] | None = None) -> Self:
+        """`add_rows` of gradients that are a tree still."""
+        return self.add_rows(self.layout.to_blocks(gradients), fresh)
 
     @abc.abstractmethod
     def finalize(self, damping: Damping = ONE_PERCENT, *, held_out: Any = None) -> Curvature:
@@ -114,8 +119,9 @@ def layout_of(
         ValueError: As `make_layout`; leaves without an example axis, or that disagree on the number of
             examples, or no example at all.
     """
+    options: Any = {"block_size": block_size, "select": select, "batch_axes": batch_axes}
     if isinstance(gradients, GradientStream):
-        return make_layout(gradients.params, block_size=block_size, select=select, batch_axes=batch_axes)
+        return placed_layout(gradients.params, gradients.batch, **options)
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(gradients)}
     if len(counts) != 1 or () in counts or (0,) in counts:
         raise ValueError(
@@ -123,7 +129,26 @@ def layout_of(
             "same m >= 1, as woodjax.per_example_gradients returns them."
         )
     shapes = jax.tree.map(lambda g: jax.ShapeDtypeStruct(jnp.shape(g)[1:], jnp.result_type(g)), gradients)
-    return make_layout(shapes, block_size=block_size, select=select, batch_axes=batch_axes)
+    layout, placement = make_layout(shapes, **options), placement_of(gradients, rows=True)
+    return layout if placement is None else sharded_layout(layout, placement)
+
+
+def placed_layout(params: Params, batch: Batch = None, **options: Any) -> Layout:
+    """Layout of parameters where they lie, on one device or many.
+
+    Args:
+        params: A params-tree.
+        batch: Examples, or None.
+        **options: As in `make_layout`.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ValueError: As `make_layout` and `placement_of`.
+    """
+    layout, placement = make_layout(params, **options), placement_of(params, batch)
+    return layout if placement is None else sharded_layout(layout, placement)
 
 
 def sum_up(gradients: Gradients | GradientStream, empty: Callable[[], S], damping: Damping) -> Any:
@@ -164,13 +189,13 @@ def accumulate(gradients: Gradients | GradientStream, states: tuple[S, ...]) -> 
 
 @jax.jit
 def _add(state: S, gradients: Gradients) -> S:
-    return state.add_rows(state.layout.to_blocks(gradients))
+    return state.add_gradients(gradients)
 
 
 @jax.jit
 def _add_in_turn(states: tuple[S, ...], gradients: Gradients) -> tuple[S, ...]:
-    rows = states[0].layout.to_blocks(gradients)
-    return _in_turn(states, rows, jnp.arange(rows.shape[0]), jnp.ones(rows.shape[0], bool))
+    rows = jax.tree.leaves(gradients)[0].shape[0]
+    return _in_turn(states, gradients, jnp.arange(rows), jnp.ones(rows, bool))
 
 
 def add_microbatch(
@@ -187,13 +212,14 @@ def add_microbatch(
     Returns:
         The new states.
     """
-    rows = states[0].layout.to_blocks(gradients)
-    return _in_turn(states, rows, first + jnp.arange(fresh.shape[0]), fresh)
+    return _in_turn(states, gradients, first + jnp.arange(fresh.shape[0]), fresh)
 
 
-def _in_turn(states: tuple[S, ...], rows: Array, numbers: Int[Array, " k"], fresh: Bool[Array, " k"]) -> tuple[S, ...]:
+def _in_turn(
+    states: tuple[S, ...], gradients: Gradients, numbers: Int[Array, " k"], fresh: Bool[Array, " k"]
+) -> tuple[S, ...]:
     turns = numbers % len(states)
-    return tuple(state.add_rows(rows, fresh & (turns == i)) for i, state in enumerate(states))
+    return tuple(state.add_gradients(gradients, fresh & (turns == i)) for i, state in enumerate(states))
 
 
 def check_finalize(state: S, damping: Damping, held_out: S | None) -> None:

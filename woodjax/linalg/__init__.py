@@ -41,7 +41,7 @@ from woodjax.linalg.groups import (
     group_cost,
 )
 from woodjax.linalg.path import path_losses
-from woodjax.linalg.products import COLUMN_WINDOW, contract, gram
+from woodjax.linalg.products import COLUMN_WINDOW, contract, gram, total_over
 from woodjax.linalg.support import Support, exchange_scales, quadratic, solve_support, survivor_gram
 from woodjax.linalg.woodbury import woodbury_scan, woodbury_scan_rank_k
 
@@ -74,6 +74,7 @@ __all__ = [
     "solve_support",
     "solve_whitened",
     "survivor_gram",
+    "total_over",
     "whiten",
     "whiten_gram",
     "window_inverse_diagonal",

@@ -3,6 +3,7 @@
 `F⁻¹ = (I − Gᵀ(mλI + GGᵀ)⁻¹G)/λ`. With `mλI + GGᵀ = LLᵀ` all that is asked is a product with `L⁻¹`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from woodjax.linalg.dense import DampedInverse
 from woodjax.linalg.guards import inverse_cholesky, least_diagonal, with_diagonal
-from woodjax.linalg.products import COLUMN_WINDOW, contract, gram, leverage, window
+from woodjax.linalg.products import COLUMN_WINDOW, contract, gram, leverage, total_over, window
 
 
 class Whitener(NamedTuple):
@@ -124,11 +125,13 @@ def window_inverse_diagonal(columns: Float[Array, "m w"], whitener: Whitener) ->
     return jnp.maximum(cancelled, least_diagonal(columns, whitener.damping))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="axes")
 def dual_solve(
     gradients: Float[Array, "m b"],
     whitener: Whitener,
     vector: Float[Array, " b"],
+    *,
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, " b"]:
     """Inverse-Fisher-vector product `F⁻¹v = (v − Gᵀ(mλI + GGᵀ)⁻¹Gv)/λ`.
 
@@ -136,6 +139,7 @@ def dual_solve(
         gradients: Per-example gradients `G [m, b]`.
         whitener: From `whiten_gram`.
         vector: `v [b]`.
+        axes: As in `gram`.
 
     Returns:
         `F⁻¹v [b]`.
@@ -143,7 +147,7 @@ def dual_solve(
     Cost:
         `4mb + 4m²` flops.
     """
-    dual = solve_whitened(whitener, contract("mb,b->m", gradients, vector))
+    dual = solve_whitened(whitener, total_over(contract("mb,b->m", gradients, vector), axes))
     return (vector - contract("mb,m->b", gradients, dual)) / whitener.damping
 
 
@@ -164,13 +168,15 @@ def solve_whitened(whitener: Whitener, vector: Float[Array, " m"]) -> Float[Arra
     return contract("ij,i->j", whitener.root, contract("ij,j->i", whitener.root, vector))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="axes")
 def joint_step_gram(
     gradients: Float[Array, "m b"],
     damping: Float[Array, ""] | float,
     weights: Float[Array, " b"],
     kept: Bool[Array, " b"],
     gradient: Float[Array, " b"] | None = None,
+    *,
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, " b"]:
     """Exact minimiser of the quadratic model when all of `Q` goes at once, from the gradients.
 
@@ -184,6 +190,7 @@ def joint_step_gram(
         weights: `w [b]`.
         kept: True on `K`, False on `Q`.
         gradient: `ḡ [b]`, the first-order term; None for a network at a minimum.
+        axes: As in `gram`.
 
     Returns:
         The step `δ [b]`, exactly `−w` on `Q`. If the factor of the survivors needs more damping than
@@ -195,16 +202,18 @@ def joint_step_gram(
     References:
         Hassibi & Stork 1992 (one weight); Benbaki et al., CHITA, 2023 (arXiv 2302.14623), section 3.
     """
-    return joint_steps_gram(gradients, jnp.asarray(damping)[None], weights, kept, gradient)[0]
+    return joint_steps_gram(gradients, jnp.asarray(damping)[None], weights, kept, gradient, axes=axes)[0]
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="axes")
 def joint_steps_gram(
     gradients: Float[Array, "m b"],
     dampings: Float[Array, " k"],
     weights: Float[Array, " b"],
     kept: Bool[Array, " b"],
     gradient: Float[Array, " b"] | None = None,
+    *,
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, "k b"]:
     """`joint_step_gram` at several dampings, from one Gram matrix.
 
@@ -214,6 +223,7 @@ def joint_steps_gram(
         weights: `w [b]`.
         kept: True on `K`, False on `Q`.
         gradient: `ḡ [b]`; None for a network at a minimum.
+        axes: As in `gram`.
 
     Returns:
         One step `δ` for each damping.
@@ -221,10 +231,10 @@ def joint_steps_gram(
     Cost:
         About `m²b + k(2m³/3 + 4mb)` flops, one factor at a time.
     """
-    survivors_gram = gram(gradients, kept)
-    removed = contract("mb,b->m", gradients, jnp.where(kept, 0, weights))
+    survivors_gram = gram(gradients, kept, axes=axes)
+    removed = total_over(contract("mb,b->m", gradients, jnp.where(kept, 0, weights)), axes)
     survivors = None if gradient is None else jnp.where(kept, gradient, 0)
-    slopes = None if survivors is None else contract("mb,b->m", gradients, survivors)
+    slopes = None if survivors is None else total_over(contract("mb,b->m", gradients, survivors), axes)
 
     def step(damping: Float[Array, ""]) -> Float[Array, " b"]:
         whitener = whiten(survivors_gram, damping)

@@ -4,6 +4,8 @@ Every contraction of the library goes through `contract`: JAX's default float32 
 on TPU and TF32 on recent GPUs, and `1 − ΣZ²` does not survive that.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,13 +32,16 @@ def contract(subscripts: str, *operands: Array) -> Array:
     return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
-@jax.jit
-def gram(gradients: Float[Array, "m b"], kept: Bool[Array, " b"] | None = None) -> Float[Array, "m m"]:
+@partial(jax.jit, static_argnames="axes")
+def gram(
+    gradients: Float[Array, "m b"], kept: Bool[Array, " b"] | None = None, *, axes: tuple[str, ...] = ()
+) -> Float[Array, "m m"]:
     """Gram matrix `GGᵀ`, a window of columns at a time.
 
     Args:
         gradients: Per-example gradients `G [m, b]`.
         kept: Columns that count; None for all.
+        axes: Inside `shard_map`: mesh axes over which the columns are split, each device with some of them.
 
     Returns:
         `GGᵀ [m, m]`, symmetric.
@@ -60,7 +65,23 @@ def gram(gradients: Float[Array, "m b"], kept: Bool[Array, " b"] | None = None) 
         return total + lower_gram(jnp.where(fresh, columns, 0)), None
 
     lower = lax.scan(add, jnp.zeros((m, m), dtype), jnp.arange(0, b, width))[0]
-    return mirror(lower)
+    return mirror(total_over(lower, axes))
+
+
+def total_over(partial_sum: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:
+    """Sum over the devices along mesh axes, inside `shard_map`; nothing is done without axes.
+
+    Args:
+        partial_sum: Of the columns that are here.
+        axes: Mesh axes.
+
+    Returns:
+        The sum of all columns.
+
+    Cost:
+        One all-reduce.
+    """
+    return lax.psum(partial_sum, axes) if axes else partial_sum
 
 
 def window(gradients: Float[Array, "m b"], first: Array, width: int) -> tuple[Float[Array, "m w"], Bool[Array, " w"]]:

@@ -1,0 +1,29 @@
+"""Where arrays lie on a mesh of devices, and how the columns of a curvature are shared out over them.
+
+Parameters stay where they are. Each device cuts the shards of the leaves that it holds into blocks; a shard that
+several devices hold alike is shared out among them. So every device owns as many columns as any other, what is asked of
+single columns or blocks is answered where they are, and only sums travel.
+
+| file | what |
+|---|---|
+| `mesh` | on which mesh axes the leaves and the examples lie |
+| `layout` | which columns a device owns, and how gradients come to it |
+| `rows` | micro-batches of examples that are split over devices |
+"""
+
+from woodjax.placement.layout import ShardedLayout, ShardView, sharded_layout
+from woodjax.placement.mesh import LeafPlace, Placement, batch_sharding, placement_of
+from woodjax.placement.rows import Microbatches, as_gradients, as_params
+
+__all__ = [
+    "LeafPlace",
+    "Microbatches",
+    "Placement",
+    "ShardView",
+    "ShardedLayout",
+    "as_gradients",
+    "as_params",
+    "batch_sharding",
+    "placement_of",
+    "sharded_layout",
+]
