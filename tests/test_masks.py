@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import woodjax as wj
-from woodjax.masks import exact_sparsity
+from woodjax.sparsities import exact_sparsity
 
 PRUNE_COUNT = jax.jit(wj.prune_count)
 SPARSITY = st.floats(0, 1)

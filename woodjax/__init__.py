@@ -114,7 +114,7 @@ from woodjax.linalg import (
 from woodjax.losses import cross_entropy
 from woodjax.macs import count_macs, weight_macs
 from woodjax.mask_search import SearchInfo, search_masks
-from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
+from woodjax.masks import make_masks, mask_sparsity, nonfinite_scores
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.patterns import NM, Block, Filters, Pattern, Rows
@@ -128,6 +128,7 @@ from woodjax.schedules import (
     schedule_of,
     stage_sparsities,
 )
+from woodjax.sparsities import ExactSparsity, prune_count
 from woodjax.sparsity_path import SparsityPath, sparsity_path
 from woodjax.stream import GradientStream, stream_gradients
 from woodjax.structured import (

@@ -8,8 +8,8 @@ import jax
 from jaxtyping import Array
 
 from woodjax.compensation import Method
-from woodjax.masks import ExactSparsity, Sparsity
 from woodjax.patterns import NM
+from woodjax.sparsities import ExactSparsity, Sparsity
 from woodjax.update_search import UpdateSearch
 
 Auto = Literal["auto"]

@@ -90,10 +90,10 @@ def _prune(options: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from woodjax.comparison import load_problem, measure
-    from woodjax.masks import check_sparsity
     from woodjax.plots import summary_figure
     from woodjax.recipes import recipes
     from woodjax.report import Report, save_arrays
+    from woodjax.sparsities import check_sparsity
 
     known = recipes(damping=_damping(options.damping), block_size=options.block_size, stages=options.stages)
     for name in options.method:

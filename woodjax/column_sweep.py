@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float
 from woodjax.curvature.damping import ONE_PERCENT, Damping, resolve_damping, split_damping
 from woodjax.linalg import contract
 from woodjax.linalg.guards import inverse_cholesky
-from woodjax.masks import Fraction, check_sparsity, prune_count
 from woodjax.ranking import lowest
+from woodjax.sparsities import Fraction, check_sparsity, prune_count
 
 
 class SweptKernel(NamedTuple):

@@ -15,7 +15,8 @@ from woodjax import linalg
 from woodjax.compensation import compensate
 from woodjax.curvature import BlockFisher
 from woodjax.curvature._blocked import map_chunks
-from woodjax.masks import Sparsity, check_sparsity, make_masks
+from woodjax.masks import make_masks
+from woodjax.sparsities import Sparsity, check_sparsity
 from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Params, Updates
 

@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature import Curvature, GroupCurvature
-from woodjax.masks import Sparsity, check_sparsity, make_masks, protect_highest, prune_count, sparsity_groups
+from woodjax.masks import make_masks, protect_highest
 from woodjax.patterns import NM, Pattern
 from woodjax.ranking import Cost, fewest_that_cost, ranked_leaves
+from woodjax.sparsities import Sparsity, check_sparsity, prune_count, sparsity_groups
 from woodjax.tree import check_bool, check_like, path_name
 from woodjax.typing import Groups, Masks, Params, Scores
 

@@ -6,37 +6,30 @@ found without a sort: `woodjax.ranking`.
 
 import math
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, TypeAlias
+from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from woodjax.ranking import erdos_renyi_counts, is_broken, lowest, ranked_leaves
+from woodjax.mesh_ranking import MeshRanker
+from woodjax.placement import Placement, placement_of
+from woodjax.ranking import HERE, Ranker, erdos_renyi_counts, is_broken, ranked_leaves
+from woodjax.sparsities import (
+    Fraction,
+    Group,
+    Sparsity,
+    ceil_count,
+    check_sparsity,
+    exact_sparsity,
+    prune_count,
+    sparsity_groups,
+)
 from woodjax.tree import check_like
 from woodjax.typing import Masks, Scores
 
 Scope = Literal["global", "leaf", "erdos_renyi"]
-
-CEIL_SLACK = 1e-3  # of a weight: a floor of 0.1 keeps 1 of 10 weights although 0.1 is a bit more than a tenth
-
-
-class ExactSparsity(NamedTuple):
-    """A sparsity in a compiled program without the rounding of a float32. Made by `exact_sparsity`."""
-
-    head: Int[Array, ""] | int  # the nearest multiple of 2⁻¹², times 2¹²
-    tail: Float[Array, ""] | float  # the rest, times 2¹²
-
-    @property
-    def value(self) -> Float[Array, ""]:
-        """As one float."""
-        return (jnp.asarray(self.head, jnp.float32) + self.tail) / 4096
-
-
-Fraction: TypeAlias = float | Float[Array, ""] | ExactSparsity
-Sparsity: TypeAlias = Fraction | Mapping[str, Fraction]
 
 
 def make_masks(
@@ -92,37 +85,106 @@ def make_masks(
     if scope not in ("global", "leaf", "erdos_renyi"):
         raise ValueError(f"scope is {scope!r}: choose 'global', 'leaf' or 'erdos_renyi'; a mapping goes in sparsity.")
     check_sparsity(sparsity)
+    if scope == "erdos_renyi" and isinstance(sparsity, Mapping):
+        raise ValueError("sparsity is a mapping, which says what leaves get: pass scope='leaf' or 'global'.")
     names, leaves = ranked_leaves(scores, previous)
-    rows = [leaf.reshape(math.prod(leaf.shape[:batch_axes]), math.prod(leaf.shape[batch_axes:])) for leaf in leaves]
-    sizes = [_count(row) for row in rows]
-    least, rows = protect_highest(names, rows, floor)
-    if scope == "erdos_renyi":
-        if isinstance(sparsity, Mapping):
-            raise ValueError("sparsity is a mapping, which says what leaves get: pass scope='leaf' or 'global'.")
-        total = prune_count(sparsity, _total(sizes))
-        counts = erdos_renyi_counts(total, sizes, least, tuple(leaf.shape[batch_axes:] for leaf in leaves))
-        pruned, wanted = lowest(rows, counts), total
+    shapes = tuple(leaf.shape[batch_axes:] for leaf in leaves)
+    groups = sparsity_groups(sparsity, names)
+    placement = placement_of(leaves)
+    if placement is None:
+        marked, missing = mark_lowest(names, leaves, groups, HERE, scope=scope, floor=floor, shapes=shapes)
     else:
-        groups = sparsity_groups(sparsity, names)
-        if scope == "global":
-            merged = [_merge([rows[i] for i in group.members]) for group in groups]
-            counts = [prune_count(group.sparsity, _total([sizes[i] for i in group.members])[None]) for group in groups]
-            marked = lowest(merged, counts)
-            pruned = _split(marked, [group.members for group in groups], rows)
-        else:
-            share = {i: group.sparsity for group in groups for i in group.members}
-            counts = [prune_count(share[i], n) for i, n in enumerate(sizes)]
-            pruned = lowest(rows, counts)
-        wanted = _total(counts)
-    if floor > 0:
-        _check_met(_total(pruned), wanted, floor)
-    kept = [~p.reshape(leaf.shape) for p, leaf in zip(pruned, leaves, strict=True)]
-    masks = jax.tree.unflatten(jax.tree.structure(scores), kept)
+        marked, missing = _mark_on_mesh(names, leaves, groups, placement, scope, floor, shapes)
+    if floor > 0 and not isinstance(missing, jax.core.Tracer) and missing:
+        raise ValueError(
+            f"floor is {floor}: it keeps {int(missing)} of the weights that the sparsity asks to prune. "
+            "Lower the floor or the sparsity."
+        )
+    masks = jax.tree.unflatten(jax.tree.structure(scores), [~pruned for pruned in marked])
     return masks if previous is None else jax.tree.map(jnp.logical_and, masks, previous)
 
 
+def mark_lowest(
+    names: list[str],
+    leaves: list[Float[Array, "..."]],
+    groups: list[Group],
+    ranker: Ranker,
+    *,
+    scope: Scope,
+    floor: float,
+    shapes: tuple[tuple[int, ...], ...],
+) -> tuple[list[Bool[Array, "..."]], Int[Array, ""]]:
+    """Which weights go: the body of `make_masks`, wherever the leaves are.
+
+    Args:
+        names: Paths of the leaves.
+        leaves: Scores as they are ranked, or the shards of them that are here.
+        groups: Sparsities, each with its leaves.
+        ranker: Counts and ranks, here or over devices.
+        scope: As in `make_masks`.
+        floor: As in `make_masks`.
+        shapes: Of the whole leaves, without batch axes.
+
+    Returns:
+        True on what goes, and how many weights less than asked.
+    """
+    layers = [math.prod(leaf.shape[: leaf.ndim - len(shape)]) for leaf, shape in zip(leaves, shapes, strict=True)]
+    rows = [leaf.reshape(n, -1) if leaf.size else leaf.reshape(n, 0) for n, leaf in zip(layers, leaves, strict=True)]
+    sizes = ranker.count([~jnp.isposinf(row) for row in rows])
+    least, rows = protect_highest(names, rows, floor, ranker)
+    alone = [[i] for i in range(len(rows))]
+    if scope == "erdos_renyi":
+        wanted = prune_count(groups[0].sparsity, _total(sizes))
+        counts = erdos_renyi_counts(wanted, sizes, least, shapes)
+        marked = ranker.lowest(rows, alone, counts)
+    elif scope == "global":
+        counts = [prune_count(group.sparsity, _total([sizes[i] for i in group.members])[None]) for group in groups]
+        marked, wanted = ranker.lowest(rows, [group.members for group in groups], counts), _total(counts)
+    else:
+        share = {i: group.sparsity for group in groups for i in group.members}
+        counts = [prune_count(share[i], n) for i, n in enumerate(sizes)]
+        marked, wanted = ranker.lowest(rows, alone, counts), _total(counts)
+    missing = wanted - _total(ranker.count(marked)) if floor > 0 else jnp.zeros((), jnp.int32)
+    return [mark.reshape(leaf.shape) for mark, leaf in zip(marked, leaves, strict=True)], missing
+
+
+def _mark_on_mesh(
+    names: list[str],
+    leaves: list[Float[Array, "..."]],
+    groups: list[Group],
+    placement: Placement,
+    scope: Scope,
+    floor: float,
+    shapes: tuple[tuple[int, ...], ...],
+) -> tuple[list[Bool[Array, "..."]], Int[Array, ""]]:
+    ranker = MeshRanker(placement, tuple(leaf.shape for leaf in leaves), shapes)
+    ranker.check(names, together=scope != "leaf")
+    # A number that is known stays exact in the compiled program.
+    exact = [exact_sparsity(x) if isinstance(x, float | int) else x for x in (group.sparsity for group in groups)]
+    members = tuple(tuple(group.members) for group in groups)
+    return _mark_on_devices(leaves, exact, tuple(names), members, ranker, scope, floor, shapes)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
+def _mark_on_devices(
+    leaves: list[Float[Array, "..."]],
+    sparsities: list[Fraction],
+    names: tuple[str, ...],
+    members: tuple[tuple[int, ...], ...],
+    ranker: MeshRanker,
+    scope: Scope,
+    floor: float,
+    shapes: tuple[tuple[int, ...], ...],
+) -> tuple[list[Bool[Array, "..."]], Int[Array, ""]]:
+    def mark(leaves: list[Array], sparsities: list[Fraction]) -> tuple[list[Array], Array]:
+        groups = [Group(None, x, list(some)) for x, some in zip(sparsities, members, strict=True)]
+        return mark_lowest(list(names), leaves, groups, ranker, scope=scope, floor=floor, shapes=shapes)
+
+    return ranker.run(mark)(leaves, sparsities)
+
+
 def protect_highest(
-    names: list[str], rows: list[Float[Array, "r _"]], floor: float
+    names: list[str], rows: list[Float[Array, "r _"]], floor: float, ranker: Ranker = HERE
 ) -> tuple[list[Int[Array, " r"]], list[Float[Array, "r _"]]]:
     """Take the highest scores of every row out of the ranking.
 
@@ -130,6 +192,7 @@ def protect_highest(
         names: Of the rows' leaves.
         rows: Scores; `-inf` on what is pruned already.
         floor: Fraction of the counted weights to protect, in [0, 1].
+        ranker: Counts and ranks, here or over devices.
 
     Returns:
         How many of each row are protected, and the scores, `+inf` where they are.
@@ -144,16 +207,17 @@ def protect_highest(
         raise ValueError(f"floor is {floor}: it is the fraction of every leaf that stays, between 0 and 1.")
     if floor == 0:
         return [jnp.zeros(row.shape[0], jnp.int32) for row in rows], rows
-    sizes = [_count(row) for row in rows]
-    least = [_ceil_count(floor, size) for size in sizes]
-    for name, row, count in zip(names, rows, least, strict=True):
-        left = jnp.sum(jnp.isfinite(row), axis=1)
+    sizes = ranker.count([~jnp.isposinf(row) for row in rows])
+    least = [ceil_count(floor, size) for size in sizes]
+    remaining = ranker.count([jnp.isfinite(row) for row in rows])
+    for name, left, count in zip(names, remaining, least, strict=True):
         if not isinstance(left, jax.core.Tracer) and jnp.any(left < count):
             raise ValueError(
                 f"floor is {floor}: leaf '{name}' should keep {int(jnp.max(count))} weights, but the previous masks "
                 f"left {int(jnp.min(left))} of them. Lower the floor."
             )
-    marked = lowest(rows, [size - count for size, count in zip(sizes, least, strict=True)])
+    alone = [[i] for i in range(len(rows))]
+    marked = ranker.lowest(rows, alone, [size - count for size, count in zip(sizes, least, strict=True)])
     protected = [~low & ~jnp.isneginf(row) for low, row in zip(marked, rows, strict=True)]
     return least, [jnp.where(high, jnp.inf, row) for high, row in zip(protected, rows, strict=True)]
 
@@ -207,153 +271,5 @@ def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
     return pruned / jnp.maximum(counted, 1)
 
 
-def prune_count(sparsity: Fraction, size: Int[Array, "..."]) -> Int[Array, "..."]:
-    """`round(sparsity · size)`, halves to even, without the rounding error of a float32 product.
-
-    The head of the sparsity, a multiple of 2⁻¹², is multiplied in integers and only the tail in
-    floats: exact below 2³¹ weights but for products within float error of a half.
-
-    Args:
-        sparsity: A number in [0, 1]; a traced one is clipped, NaN counts as 0; or an exact one.
-        size: Number of weights, any shape.
-
-    Returns:
-        Integers of the shape of `size`.
-
-    Cost:
-        None to speak of.
-
-    Example:
-        >>> import woodjax as wj
-        >>> int(wj.prune_count(0.9, 32_360))
-        29124
-    """
-    if not isinstance(sparsity, ExactSparsity):
-        if not isinstance(sparsity, float | int):
-            sparsity = jnp.clip(jnp.nan_to_num(jnp.asarray(sparsity, jnp.float32), nan=0.0), 0, 1)
-        head = round(sparsity * 4096)
-        sparsity = ExactSparsity(head, sparsity * 4096 - head)
-    base, rest = _product(sparsity, size)
-    odd = base % 2  # halves to even are those of the sum, not of the rest
-    return base - odd + jnp.round(rest + odd).astype(jnp.int32)
-
-
-def exact_sparsity(sparsity: float) -> ExactSparsity:
-    """A sparsity that keeps its value in a compiled program: for tables of them.
-
-    Args:
-        sparsity: A number in [0, 1].
-
-    Returns:
-        Two numbers; `make_masks` and `prune_count` take them for one.
-
-    Raises:
-        ValueError: Outside [0, 1].
-
-    Cost:
-        None.
-    """
-    check_sparsity(sparsity)
-    head = round(sparsity * 4096)
-    return ExactSparsity(head, sparsity * 4096 - head)
-
-
-def check_sparsity(sparsity: Sparsity) -> None:
-    """Raise unless every sparsity that is known lies in [0, 1].
-
-    Args:
-        sparsity: A number, a traced scalar, or a mapping of them.
-
-    Raises:
-        ValueError: Outside [0, 1], NaN, or not a scalar.
-
-    Cost:
-        None.
-    """
-    if isinstance(sparsity, Mapping):
-        for value in sparsity.values():
-            check_sparsity(value)
-        return
-    if isinstance(sparsity, ExactSparsity):
-        return  # was checked when it was made
-    if jnp.ndim(sparsity) != 0:
-        raise ValueError(f"sparsity has shape {jnp.shape(sparsity)}: pass one number, or a mapping by leaf path.")
-    if not isinstance(sparsity, jax.core.Tracer) and not 0 <= float(sparsity) <= 1:
-        raise ValueError(f"sparsity is {float(sparsity)}: it is the fraction to prune, between 0 and 1.")
-
-
-class Group(NamedTuple):
-    """Leaves that share a sparsity."""
-
-    pattern: str | None  # None: no mapping, or no pattern of it matches
-    sparsity: Fraction
-    members: list[int]  # numbers of the leaves
-
-
-def sparsity_groups(sparsity: Sparsity, names: list[str]) -> list[Group]:
-    """Sparsities, each with the leaves that it is for: all of them, or those of a pattern.
-
-    Args:
-        sparsity: As in `make_masks`.
-        names: Paths of the leaves.
-
-    Returns:
-        Groups, none of them empty.
-
-    Raises:
-        ValueError: A pattern that matches no leaf.
-    """
-    if not isinstance(sparsity, Mapping):
-        return [Group(None, sparsity, list(range(len(names))))]
-    for pattern in sparsity:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"sparsity names '{pattern}', which matches no leaf of {names}.")
-    members: dict[str | None, list[int]] = {None: []} | {pattern: [] for pattern in sparsity}
-    for i, name in enumerate(names):
-        matches = [pattern for pattern in sparsity if fnmatchcase(name, pattern)]
-        members[matches[-1] if matches else None].append(i)
-    return [Group(key, 0.0 if key is None else sparsity[key], group) for key, group in members.items() if group]
-
-
-def _merge(rows: list[Float[Array, "r _"]]) -> Float[Array, "1 _"]:
-    return jnp.concatenate([row.reshape(-1) for row in rows])[None]
-
-
-def _split(
-    merged: list[Bool[Array, "1 _"]], members: list[list[int]], like: list[Float[Array, "r _"]]
-) -> list[Bool[Array, "r _"]]:
-    parts: dict[int, Bool[Array, "r _"]] = {}
-    for row, group in zip(merged, members, strict=True):
-        ends = np.cumsum([like[i].size for i in group])[:-1]
-        parts |= {i: part.reshape(like[i].shape) for i, part in zip(group, jnp.split(row[0], ends), strict=True)}
-    return [parts[i] for i in range(len(like))]
-
-
 def _total(parts: list[Array]) -> Int[Array, ""]:
     return sum((jnp.sum(part, dtype=jnp.int32) for part in parts), start=jnp.zeros((), jnp.int32))
-
-
-def _count(row: Float[Array, "r _"]) -> Int[Array, " r"]:
-    return jnp.sum(~jnp.isposinf(row), axis=1)
-
-
-def _ceil_count(floor: float, size: Int[Array, "..."]) -> Int[Array, "..."]:
-    base, rest = _product(exact_sparsity(floor), size)
-    return jnp.minimum(base + jnp.ceil(rest - CEIL_SLACK).astype(jnp.int32), size)
-
-
-def _product(sparsity: ExactSparsity, size: Int[Array, "..."]) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
-    """`sparsity · size` as an integer and what is left."""
-    head, tail = jnp.asarray(sparsity.head, jnp.int32), jnp.asarray(sparsity.tail, jnp.float32)
-    size = jnp.asarray(size, jnp.int32)
-    low = head * (size % 4096)
-    base = head * (size // 4096) + low // 4096
-    return base, ((low % 4096).astype(jnp.float32) + tail * size.astype(jnp.float32)) / 4096
-
-
-def _check_met(pruned: Int[Array, ""], wanted: Int[Array, ""], floor: float) -> None:
-    if not isinstance(pruned, jax.core.Tracer) and pruned != wanted:
-        raise ValueError(
-            f"floor is {floor}: it leaves {int(pruned)} weights to prune where the sparsity asks for {int(wanted)}. "
-            "Lower the floor or the sparsity."
-        )

@@ -11,9 +11,10 @@ from woodjax.choices import Auto, choose_plan, choose_search
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
 from woodjax.gradients import LossRow, batch_size, example_losses
-from woodjax.masks import Scope, Sparsity, check_sparsity
+from woodjax.masks import Scope
 from woodjax.patterns import NM, Pattern
 from woodjax.schedules import Path, check_stages
+from woodjax.sparsities import Sparsity, check_sparsity
 from woodjax.stages import Criterion, CurvatureFn, prune_stages
 from woodjax.stream import GradientStream, stream_gradients
 from woodjax.tree import check_floating, check_like, path_name

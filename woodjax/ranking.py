@@ -6,7 +6,7 @@ in the order of their index. `+inf` is never among the lowest.
 
 import math
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> l
     Cost:
         33 passes.
     """
-    keys = [_sortable(row) for row in rows]
+    keys = [sortable(row) for row in rows]
     bits = keys[0].dtype.itemsize * 8
     one = jnp.ones((), keys[0].dtype)
 
@@ -87,6 +87,44 @@ def lowest(rows: list[Float[Array, "r _"]], counts: list[Int[Array, " r"]]) -> l
         low = (key < threshold[:, None]) | (ties & (jnp.cumsum(ties, axis=1) <= room[:, None]))
         marked.append(low & ~jnp.isposinf(row))
     return marked
+
+
+class Ranker(Protocol):
+    """Counts and ranks rows of leaves, wherever they are."""
+
+    def count(self, marks: list[Bool[Array, "r _"]]) -> list[Int[Array, " r"]]:
+        """True entries in each row of every leaf."""
+        ...
+
+    def lowest(
+        self, rows: list[Float[Array, "r _"]], groups: list[list[int]], counts: list[Int[Array, " r"]]
+    ) -> list[Bool[Array, "r _"]]:
+        """`lowest`, with the leaves of each group ranked together, ties in the order of the leaves and the index."""
+        ...
+
+
+class Here:
+    """A `Ranker` of arrays that are on one device."""
+
+    def count(self, marks: list[Bool[Array, "r _"]]) -> list[Int[Array, " r"]]:
+        """True entries in each row of every leaf."""
+        return [jnp.sum(mark, axis=1, dtype=jnp.int32) for mark in marks]
+
+    def lowest(
+        self, rows: list[Float[Array, "r _"]], groups: list[list[int]], counts: list[Int[Array, " r"]]
+    ) -> list[Bool[Array, "r _"]]:
+        """`lowest`; leaves that are ranked together are put into one array."""
+        if all(len(group) == 1 for group in groups):
+            return lowest(rows, counts)
+        merged = [jnp.concatenate([rows[i].reshape(-1) for i in group])[None] for group in groups]
+        parts: dict[int, Bool[Array, "r _"]] = {}
+        for marked, group in zip(lowest(merged, counts), groups, strict=True):
+            pieces = jnp.split(marked[0], np.cumsum([rows[i].size for i in group])[:-1])
+            parts |= {i: piece.reshape(rows[i].shape) for i, piece in zip(group, pieces, strict=True)}
+        return [parts[i] for i in range(len(rows))]
+
+
+HERE = Here()
 
 
 class Cost(NamedTuple):
@@ -131,7 +169,7 @@ def fewest_that_cost(leaves: list[Float[Array, " _"]], amount: Cost, costs: tupl
     places = [
         jnp.concatenate([jnp.arange(starts[i], starts[i + 1], dtype=jnp.uint32) for i in members]) for members in alike
     ]
-    keys, open_ = [_sortable(row) for row in ranked], [~jnp.isposinf(row) for row in ranked]
+    keys, open_ = [sortable(row) for row in ranked], [~jnp.isposinf(row) for row in ranked]
 
     def enough(marked: list[Array]) -> Array:
         counts = [jnp.sum(mark & may, dtype=jnp.int32) for mark, may in zip(marked, open_, strict=True)]
@@ -228,8 +266,15 @@ def _ranked(name: str, leaf: Any, previous: Bool[Array, "..."] | None) -> Float[
     return jnp.where(broken, jnp.inf, leaf)
 
 
-def _sortable(x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Unsigned integers in the order of the floats; -0 and 0 are one value."""
+def sortable(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Unsigned integers in the order of the floats; -0 and 0 are one value.
+
+    Args:
+        x: Floats of 32 or 64 bits.
+
+    Returns:
+        As many bits.
+    """
     unsigned = jnp.uint64 if x.dtype.itemsize == 8 else jnp.uint32
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0, x), unsigned)  # x + 0 is simplified away
     sign = jnp.asarray(1, unsigned) << (x.dtype.itemsize * 8 - 1)

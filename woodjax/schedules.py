@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from woodjax.masks import ExactSparsity, Sparsity, check_sparsity, exact_sparsity
+from woodjax.sparsities import ExactSparsity, Sparsity, check_sparsity, exact_sparsity
 
 Path = Literal["exponential", "cubic", "linear"]
 Target: TypeAlias = float | Mapping[str, float]

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from woodjax.compensation import compensate
 from woodjax.criteria import obs_scores
 from woodjax.curvature import Curvature, LowRankFisher, predicted_loss_change
-from woodjax.masks import Scope, check_sparsity, make_masks, mask_sparsity
+from woodjax.masks import Scope, make_masks, mask_sparsity
+from woodjax.sparsities import check_sparsity
 from woodjax.typing import Masks, Params, Scores
 
 

@@ -17,18 +17,11 @@ from woodjax.compensation import Method, compensate
 from woodjax.criteria import magnitude_scores, obs_scores, woodtaylor_scores
 from woodjax.curvature import Curvature, low_rank_fisher, predicted_loss_change
 from woodjax.groups import GroupScope, pattern_masks
-from woodjax.masks import (
-    ExactSparsity,
-    Fraction,
-    Scope,
-    Sparsity,
-    is_broken,
-    make_masks,
-    mask_sparsity,
-    sparsity_groups,
-)
+from woodjax.masks import Scope, make_masks, mask_sparsity
 from woodjax.patterns import NM, Pattern
+from woodjax.ranking import is_broken
 from woodjax.schedules import Path, on_path
+from woodjax.sparsities import ExactSparsity, Fraction, Sparsity, sparsity_groups
 from woodjax.stream import GradientStream
 from woodjax.tree import apply_masks, path_name
 from woodjax.typing import Gradients, Masks, Params, Scores, Updates

@@ -15,7 +15,7 @@ from woodjax.adapters._nnx_variables import with_shapes_of as with_shapes_of
 from woodjax.adapters._nnx_variables import write_variables as write_variables
 from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
 from woodjax.losses import cross_entropy
-from woodjax.masks import Sparsity
+from woodjax.sparsities import Sparsity
 from woodjax.transform import RefreshInfo, get_info, get_masks
 from woodjax.transform import refresh as woodjax_refresh
 from woodjax.transform import set_masks as woodjax_set_masks

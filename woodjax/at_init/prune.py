@@ -14,7 +14,8 @@ from woodjax.at_init.names import INIT_CRITERIA, InitCriterion
 from woodjax.gradients import batch_size, check_apply
 from woodjax.kinds import hidden_kernels
 from woodjax.losses import cross_entropy
-from woodjax.masks import Scope, Sparsity, check_sparsity, make_masks, nonfinite_scores
+from woodjax.masks import Scope, make_masks, nonfinite_scores
+from woodjax.sparsities import Sparsity, check_sparsity
 from woodjax.tree import apply_masks
 from woodjax.typing import ApplyFn, Batch, LossFn, Masks, Params, Scores, Select
 

@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 COLUMN_WINDOW = 4096  # columns of G in work at once: bounds the workspace, and fits the caches
 ROW_PANEL = 256  # rows of a symmetric or triangular product in one matrix product
@@ -68,7 +68,7 @@ def gram(
     return mirror(total_over(lower, axes))
 
 
-def total_over(partial_sum: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:
+def total_over(partial_sum: Num[Array, "..."], axes: tuple[str, ...]) -> Num[Array, "..."]:
     """Sum over the devices along mesh axes, inside `shard_map`; nothing is done without axes.
 
     Args:

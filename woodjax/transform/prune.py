@@ -16,8 +16,9 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from woodjax.compensation import Method
-from woodjax.masks import ExactSparsity, Scope, Sparsity
+from woodjax.masks import Scope
 from woodjax.schedules import Path, Schedule, check_stages
+from woodjax.sparsities import ExactSparsity, Sparsity
 from woodjax.stages import Criterion
 from woodjax.transform.explicit import automatic
 from woodjax.transform.refresh import from_window, without_data

@@ -13,9 +13,10 @@ from jaxtyping import Array, Key
 from woodjax.choices import FIXED
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
-from woodjax.masks import Scope, Sparsity
+from woodjax.masks import Scope
 from woodjax.one_shot import OneShotInfo, prune_one_shot
 from woodjax.schedules import Path, check_stages
+from woodjax.sparsities import Sparsity
 from woodjax.stages import Criterion, CurvatureFn, StageInfo, prune_stages
 from woodjax.transform.explicit import automatic
 from woodjax.transform.state import (
