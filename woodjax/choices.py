@@ -72,6 +72,7 @@ def choose_plan(
     searching: bool,
     first_order: bool = False,
     reached: float | Array = 0.0,
+    devices: int = 1,
 ) -> Plan:
     """Fill in what was left to choose.
 
@@ -87,6 +88,7 @@ def choose_plan(
         searching: Is there anything that held-out examples decide?
         first_order: Does every stage descend as well?
         reached: Sparsity of the masks to begin with.
+        devices: That the examples are split over: rows and held-out examples that are chosen here are a multiple.
 
     Returns:
         The plan.
@@ -98,7 +100,9 @@ def choose_plan(
     if not searching and held_out == "auto":
         aside = 0
     if held_out == "auto" and aside and examples_per_gradient != "auto" and examples_per_gradient > 0:
-        aside += (examples - aside) % examples_per_gradient  # what would not fill a row
+        aside += (examples - aside) % (examples_per_gradient * devices)  # what would not fill a row on each
+    if held_out == "auto":
+        aside -= aside % devices if examples_per_gradient == "auto" else 0
     pool = examples - aside
     if aside < 0 or pool < 1:
         raise ValueError(f"held_out is {held_out}: pass 0 to {examples - 1}, less than the {examples} examples.")
@@ -111,6 +115,7 @@ def choose_plan(
         rows = max(LEAST_ROWS, min(ROWS, ROW_BYTES // (4 * weights)))
         s = max(1, min(most, available // rows))
         rows = min(rows, available // s)
+        rows -= rows % devices
     else:
         s = examples_per_gradient
         rows = available // s if s > 0 and available % s == 0 else 0

@@ -280,7 +280,6 @@ class LossRow:
         return jax.grad(self.loss)(params, row)
 
 
-@partial(jax.jit, static_argnames="microbatch_size")
 def example_losses(
     params: Params, examples: Batch, loss_row: LossRow, *, microbatch_size: int | None
 ) -> Float[Array, " n"]:
@@ -295,12 +294,33 @@ def example_losses(
     Returns:
         `[n]`.
 
+    Raises:
+        ValueError: Examples that cannot be split evenly over the devices they lie on.
+
     Cost:
         `n` forward passes.
     """
-    if microbatch_size is None:
-        return jax.vmap(loss_row.loss, in_axes=(None, 0))(params, examples)
-    return lax.map(lambda x: loss_row.loss(params, x), examples, batch_size=microbatch_size)
+    n = batch_size(examples)
+    cut = Microbatches.of(n, microbatch_size or n, placement_of(params, examples))
+    return _example_losses(params, examples, loss_row, cut=cut)
+
+
+@partial(jax.jit, static_argnames="cut")
+def _example_losses(params: Params, examples: Batch, loss_row: LossRow, *, cut: Microbatches) -> Float[Array, " n"]:
+    def losses(some: Batch) -> Float[Array, " k"]:
+        return jax.vmap(loss_row.loss, in_axes=(None, 0))(params, some)
+
+    if cut.at_once == cut.size:
+        return losses(examples)
+    if cut.split == 1:
+        return lax.map(lambda x: loss_row.loss(params, x), examples, batch_size=cut.at_once)
+    empty = jnp.zeros(cut.size, jax.eval_shape(losses, examples).dtype)
+
+    def step(number: Int[Array, ""], found: Array) -> Array:
+        start = number * cut.at_once
+        return cut.put(found, losses(cut.take(examples, start)[0]), start)
+
+    return lax.fori_loop(0, len(cut.starts), step, empty)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from woodjax.curvature import low_rank_fisher
 from woodjax.gradients import LossRow, batch_size, example_losses
 from woodjax.masks import Scope
 from woodjax.patterns import NM, Pattern
+from woodjax.placement import all_true, placement_of, take_examples
 from woodjax.schedules import Path, check_stages
 from woodjax.sparsities import Sparsity, check_sparsity
 from woodjax.stages import Criterion, CurvatureFn, prune_stages
@@ -164,8 +165,9 @@ def prune_one_shot(
     target = _check_target(sparsity, pattern, curvature)
     check_floating(params)
     size = batch_size(batch)
+    placement = placement_of(params, batch)
     if masks is None:
-        masks = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
+        masks = all_true(params, placement)
     check_like(masks, params, "masks")
     search = None if curvature is None else choose_search(method, damping_multiples, step, first_order=first_order)
     plan = choose_plan(
@@ -179,6 +181,7 @@ def prune_one_shot(
         searching=search is not None and not search.is_fixed,
         first_order=first_order,
         reached=_lost(masks),
+        devices=1 if placement is None else placement.size(placement.batch),
     )
     check_stages(plan.stages, path)
     if search is not None and not plan.held_out:
@@ -197,7 +200,7 @@ def prune_one_shot(
     row_loss = LossRow(loss_fn, False)
 
     def take(indices: Int[Array, " k"]) -> Batch:
-        return jax.tree.map(lambda x: jnp.asarray(x)[order[indices]], batch)
+        return take_examples(batch, order[indices], placement)
 
     def examples_of(number: int) -> Batch:
         return take((jnp.arange(plan.examples) + number * plan.examples) % (size - plan.held_out))

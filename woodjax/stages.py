@@ -19,6 +19,7 @@ from woodjax.curvature import Curvature, low_rank_fisher, predicted_loss_change
 from woodjax.groups import GroupScope, pattern_masks
 from woodjax.masks import Scope, make_masks, mask_sparsity
 from woodjax.patterns import NM, Pattern
+from woodjax.placement import Placement, as_params, placement_of
 from woodjax.ranking import is_broken
 from woodjax.schedules import Path, on_path
 from woodjax.sparsities import ExactSparsity, Fraction, Sparsity, sparsity_groups
@@ -111,8 +112,11 @@ def prune_stages(
     initial = None
     for number in range(stages):
         rows = rows_at(number, params, masks)
-        # A stream runs its own compiled steps from the host; gradients that are held go through one program.
-        score, move = (_score, _move) if isinstance(rows, GradientStream) else (_score_jit, _move_jit)
+        # A stream runs its own compiled steps from the host, and only there is known where arrays lie on a mesh.
+        streamed = isinstance(rows, GradientStream)
+        placement = placement_of(params)
+        on_host = streamed or placement is not None
+        score, move = _score if on_host else _score_jit, _move if streamed else _move_jit
         known = None if mean_gradient is None else apply_masks(mean_gradient, masks)
         hessian, gradient, scores = score(
             params,
@@ -151,7 +155,9 @@ def prune_stages(
         update, choice = None, None
         if search is not None and hessian is not None:
             update, choice = choose_update(params, new_masks, hessian, gradient, search, held_out_losses)
-        params, masks, info = move(params, masks, new_masks, scores, hessian, gradient, update, choice, method=method)
+        params, masks, info = move(
+            params, masks, new_masks, scores, hessian, gradient, update, choice, method=method, placement=placement
+        )
         yield params, masks, info
 
 
@@ -236,6 +242,7 @@ def _move(
     choice: UpdateChoice | None,
     *,
     method: Method | None,
+    placement: Placement | None,
 ) -> tuple[Params, Masks, StageInfo]:
     if steps is None:
         steps = jax.tree.map(lambda w, mask: jnp.where(mask, 0, -w), params, new_masks)
@@ -256,8 +263,8 @@ def _move(
         nonfinite=jnp.stack(jax.tree.leaves(broken)),
         choice=choice,
     )
-    return pruned, kept, info
+    return as_params(pruned, placement), as_params(kept, placement), info
 
 
 _score_jit = jax.jit(_score, static_argnames=("curvature", "criterion", "first_order", "prunable"))
-_move_jit = jax.jit(_move, static_argnames="method")
+_move_jit = jax.jit(_move, static_argnames=("method", "placement"))

@@ -13,7 +13,7 @@ single columns or blocks is answered where they are, and only sums travel.
 
 from woodjax.placement.layout import ShardedLayout, ShardView, sharded_layout
 from woodjax.placement.mesh import LeafPlace, Placement, batch_sharding, placement_of
-from woodjax.placement.rows import Microbatches, as_gradients, as_params
+from woodjax.placement.rows import Microbatches, all_true, as_gradients, as_params, take_examples
 
 __all__ = [
     "LeafPlace",
@@ -21,9 +21,11 @@ __all__ = [
     "Placement",
     "ShardView",
     "ShardedLayout",
+    "all_true",
     "as_gradients",
     "as_params",
     "batch_sharding",
     "placement_of",
     "sharded_layout",
+    "take_examples",
 ]

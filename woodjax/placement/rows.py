@@ -1,6 +1,7 @@
 """Micro-batches of examples that are split over devices: each device takes from its own."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
-from woodjax.placement.mesh import Placement
+from woodjax.placement.mesh import Placement, batch_sharding
 
 
 @dataclass(frozen=True)
@@ -133,3 +134,45 @@ def as_params(tree: PyTree, placement: Placement | None) -> PyTree:
     pairs = zip(leaves, placement.leaves, strict=True)
     placed = [lax.with_sharding_constraint(x, NamedSharding(placement.mesh, place.spec)) for x, place in pairs]
     return jax.tree.unflatten(treedef, placed)
+
+
+def all_true(params: PyTree, placement: Placement | None) -> PyTree:
+    """Masks that keep everything, where the parameters are.
+
+    Args:
+        params: A params-tree.
+        placement: Of the parameters; None on one device.
+
+    Returns:
+        A params-tree of bool.
+    """
+    if placement is None:
+        return jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
+    return _all_true(params, placement)
+
+
+@partial(jax.jit, static_argnums=1)
+def _all_true(params: PyTree, placement: Placement) -> PyTree:
+    return as_params(jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), placement)
+
+
+def take_examples(batch: PyTree, indices: Int[Array, " k"], placement: Placement | None) -> PyTree:
+    """Some examples of a batch, split over devices as the batch is. Examples travel, parameters do not.
+
+    Args:
+        batch: Leaves `[n, ...]`.
+        indices: Of the examples, as many as the devices divide.
+        placement: Of the batch; None on one device.
+
+    Returns:
+        Leaves `[k, ...]`.
+    """
+    if placement is None:
+        return jax.tree.map(lambda x: jnp.asarray(x)[indices], batch)
+    return _take(batch, indices, placement)
+
+
+@partial(jax.jit, static_argnums=2)
+def _take(batch: PyTree, indices: Array, placement: Placement) -> PyTree:
+    sharding = batch_sharding(placement)
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x[indices], sharding), batch)
