@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from woodjax.curvature import Curvature
+from woodjax.placement import on_any_axes
 from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Params, Updates
 
 Method = Literal["joint", "sum"]
 
 
+@on_any_axes
 def compensate(
     params: Params,
     masks: Masks,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from woodjax.curvature import Curvature
+from woodjax.placement import on_any_axes
 from woodjax.tree import check_like, is_kernel, make_layout
 from woodjax.typing import Params, Scores, Select
 
@@ -78,6 +79,7 @@ def obd_scores(params: Params, diagonal: Params) -> Scores:
     )
 
 
+@on_any_axes
 def obs_scores(params: Params, curvature: Curvature) -> Scores:
     """Optimal Brain Surgeon: `w_q² / (2 [H⁻¹]_qq)`, the loss increase after the others moved.
 
@@ -107,6 +109,7 @@ def obs_scores(params: Params, curvature: Curvature) -> Scores:
     return _surgeon(params, curvature.inverse_diagonal())
 
 
+@on_any_axes
 def woodtaylor_scores(params: Params, curvature: Curvature, gradient: Params) -> Scores:
     """WoodTaylor: `(w_q − [H⁻¹ḡ]_q)² / (2 [H⁻¹]_qq)`, for networks that are not at a minimum.
 

@@ -24,12 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from woodjax.placement import Microbatches, Placement, as_gradients, placement_of
+from woodjax.placement import Microbatches, Placement, as_gradients, on_any_axes, placement_of
 from woodjax.probe import check_loss
 from woodjax.tree import path_name
 from woodjax.typing import ApplyFn, Batch, Gradients, LossFn, Params
 
 
+@on_any_axes
 def per_example_gradients(
     loss_fn: LossFn,
     params: Params,
@@ -81,6 +82,7 @@ def per_example_gradients(
     return _map_rows(LossRow(loss_fn, examples_per_gradient > 1), params, rows, microbatch_size)
 
 
+@on_any_axes
 def sampled_label_gradients(
     apply_fn: ApplyFn,
     params: Params,
@@ -159,6 +161,7 @@ def sample_labels(apply_fn: ApplyFn, params: Params, inputs: Batch, key: Key[Arr
     return jax.random.categorical(key, logits)
 
 
+@on_any_axes
 def all_class_gradients(
     apply_fn: ApplyFn, params: Params, inputs: Batch, *, microbatch_size: int | None = None
 ) -> Gradients:

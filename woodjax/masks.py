@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax.mesh_ranking import MeshRanker
-from woodjax.placement import Placement, placement_of
+from woodjax.placement import Placement, on_any_axes, placement_of
 from woodjax.ranking import HERE, Ranker, erdos_renyi_counts, is_broken, ranked_leaves
 from woodjax.sparsities import (
     Fraction,
@@ -32,6 +32,7 @@ from woodjax.typing import Masks, Scores
 Scope = Literal["global", "leaf", "erdos_renyi"]
 
 
+@on_any_axes
 def make_masks(
     scores: Scores,
     sparsity: Sparsity,
@@ -242,6 +243,7 @@ def nonfinite_scores(scores: Scores) -> Int[Array, ""]:
     return sum((is_broken(leaf).astype(jnp.int32) for leaf in jax.tree.leaves(scores)), start=jnp.int32(0))
 
 
+@on_any_axes
 def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
     """Pruned fraction of the weights that the scores count.
 

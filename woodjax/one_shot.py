@@ -13,7 +13,7 @@ from woodjax.curvature import low_rank_fisher
 from woodjax.gradients import LossRow, batch_size, example_losses
 from woodjax.masks import Scope
 from woodjax.patterns import NM, Pattern
-from woodjax.placement import all_true, placement_of, take_examples
+from woodjax.placement import all_true, on_any_axes, placement_of, take_examples
 from woodjax.schedules import Path, check_stages
 from woodjax.sparsities import Sparsity, check_sparsity
 from woodjax.stages import Criterion, CurvatureFn, prune_stages
@@ -49,6 +49,7 @@ class Stage(NamedTuple):
     info: OneShotInfo | None  # fields without the stage axis; None where no data were seen
 
 
+@on_any_axes
 def prune_one_shot(
     loss_fn: LossFn,
     params: Params,

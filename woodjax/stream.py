@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from woodjax.gradients import LossRow, batch_size, group_examples
-from woodjax.placement import Microbatches, Placement, as_gradients, as_params, placement_of
+from woodjax.placement import Microbatches, Placement, as_gradients, as_params, on_any_axes, placement_of
 from woodjax.probe import check_loss
 from woodjax.tree import apply_masks, check_bool, check_floating, check_like, wide_dtype
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
@@ -54,9 +54,9 @@ class GradientStream:
         return batch_size(self.batch) // self.examples_per_gradient
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows in a micro-batch."""
-        return self._static().cut.at_once
+    def microbatches(self) -> Microbatches:
+        """How the rows are cut."""
+        return self._static().cut
 
     @property
     def rows(self) -> Batch:
@@ -76,6 +76,7 @@ class GradientStream:
         params = jax.tree.map(lambda w: w.astype(jnp.promote_types(w.dtype, jnp.float32)), self.params)
         return replace(self, params=params, precision="highest")
 
+    @on_any_axes
     def collect(self) -> Gradients:
         """All rows: a params-tree whose leaves are `[m, *leaf.shape]`."""
         static = self._static()
@@ -124,6 +125,7 @@ class GradientStream:
             raise ValueError("This backend does not say how much memory a program takes: leave memory_budget out.")
         return memory.temp_size_in_bytes
 
+    @on_any_axes
     def products(self, vector: Params) -> Float[Array, " m"]:
         """`Gv`, the derivative of every row's loss along `v`.
 
@@ -143,6 +145,7 @@ class GradientStream:
             jnp.zeros(self.num_rows, wide_dtype(self.params)),
         )
 
+    @on_any_axes
     def combine(self, coefficients: Float[Array, " m"]) -> Params:
         """`Gᵀu`, a combination of the rows.
 
@@ -163,6 +166,7 @@ class GradientStream:
         empty = _empty_sums(self.params, self._static().placement)
         return self._loop(lambda s, start: _combine_step(s, *arguments, start, stream=self._static()), empty)
 
+    @on_any_axes
     def squares(self, row: Callable[[Params, Batch], Any] | None = None) -> Params:
         """`Σ g²`, the sum over the rows of their squares.
 

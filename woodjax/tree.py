@@ -174,6 +174,28 @@ class Layout:
             return jnp.concatenate(blocks, axis=-1)[..., None, :]
         return jnp.concatenate(blocks, axis=-2)
 
+    def placed(self, shapes: PyTree, specs: PyTree) -> PyTree:
+        """Shapes of arrays with what is known of where they lie: nothing."""
+        del specs
+        return shapes
+
+    def gradient_specs(self) -> PyTree:
+        """Specs of gradients: not split."""
+        return PartitionSpec()
+
+    def window(self, gradients: PyTree, start: Array, width: int) -> Float[Array, "m w"]:
+        """Some columns of gradients, of the whole network as one block.
+
+        Args:
+            gradients: Leaves `[m, *leaf.shape]`.
+            start: The first column.
+            width: How many.
+
+        Returns:
+            The columns.
+        """
+        return jax.lax.dynamic_slice_in_dim(self.to_blocks(gradients)[:, 0], start, width, axis=1)
+
     def to_tree(self, blocks: Shaped[Array, "nb b"], fill: float | bool) -> PyTree:
         """Put blocks back into a tree; `fill` stands on leaves that are not selected.
 

@@ -31,7 +31,7 @@ from woodjax.curvature.damping import (
     split_damping,
 )
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, placed_layout, sum_up
-from woodjax.placement import ShardedLayout
+from woodjax.placement import ShardedLayout, on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Params, Select
@@ -144,6 +144,10 @@ class BlockSums(Accumulator):
         b = layout.block_size
         return cls(layout, jnp.zeros((), jnp.int32), layout.zeros((layout.num_blocks, b, b), dtype, 0))
 
+    def shard_specs(self) -> Self:
+        """Split along the blocks."""
+        return replace(self, sums=self.layout.spread(0), count=PartitionSpec())
+
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """`2kb²` flops a block."""
         rows, new = only_fresh(rows, fresh)
@@ -165,6 +169,7 @@ class BlockSums(Accumulator):
     def _merged(self, other: Self) -> Self:
         return replace(self, sums=self.sums + other.sums, count=self.count + other.count)
 
+    @on_any_axes
     def finalize(self, damping: Damping = ONE_PERCENT, *, held_out: Self | None = None) -> BlockFisher:
         """Invert, block by block.
 
@@ -187,6 +192,7 @@ class BlockSums(Accumulator):
         return _invert_sums(self, held_out, number, rule=rule)
 
 
+@on_any_axes
 def block_fisher(
     gradients: Gradients | GradientStream,
     *,
@@ -284,7 +290,7 @@ def _invert_sums(
         result = map_chunks(lambda b: linalg.fisher_inverse(b / whole.count, asked), whole.sums, bytes_each)
         return result, count_raised(result.damping, asked, view.mesh_axes)
 
-    specs = BlockSums(layout, PartitionSpec(), layout.spread(0))
+    specs = sums.shard_specs()
     result, raised = layout.run(
         invert,
         (specs, specs if held_out is not None else PartitionSpec(), PartitionSpec()),

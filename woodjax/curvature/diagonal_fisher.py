@@ -23,6 +23,7 @@ from woodjax.curvature.damping import (
     split_damping,
 )
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, placed_layout, sum_up
+from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
 from woodjax.typing import Gradients, Params, Select
@@ -116,6 +117,10 @@ class DiagonalSums(Accumulator):
         shape = layout.num_blocks, layout.block_size
         return cls(layout, jnp.zeros((), jnp.int32), layout.zeros(shape, dtype, int(layout.whole)))
 
+    def shard_specs(self) -> Self:
+        """Split along the columns."""
+        return replace(self, squares=self.layout.spread(int(self.layout.whole)), count=PartitionSpec())
+
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """`2kd` flops."""
         rows, new = only_fresh(rows, fresh)
@@ -125,6 +130,7 @@ class DiagonalSums(Accumulator):
     def _merged(self, other: Self) -> Self:
         return replace(self, squares=self.squares + other.squares, count=self.count + other.count)
 
+    @on_any_axes
     def finalize(self, damping: Damping = ONE_PERCENT, *, held_out: Self | None = None) -> DiagonalFisher:
         """Divide, and damp.
 
@@ -162,6 +168,7 @@ class DiagonalSums(Accumulator):
         return DiagonalFisher(self.layout, squares + number, jnp.full(1, number))
 
 
+@on_any_axes
 def diagonal_fisher(
     gradients: Gradients | GradientStream,
     *,

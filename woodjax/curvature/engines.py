@@ -21,6 +21,7 @@ from woodjax.curvature.low_rank_fisher import GradientRows, low_rank_fisher
 from woodjax.curvature.protocol import Curvature
 from woodjax.curvature.streamed_fisher import streamed_fisher
 from woodjax.curvature.sums import add_microbatch, layout_of
+from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel
 from woodjax.typing import Gradients, Select
@@ -39,6 +40,7 @@ class Estimate(NamedTuple):
     window_size: int = 0  # columns held at once where gradients are streamed, else 0
 
 
+@on_any_axes
 def estimate(
     gradients: Gradients | GradientStream,
     *,
@@ -93,6 +95,7 @@ def estimate(
     )
 
 
+@on_any_axes
 def empirical_fisher(
     gradients: Gradients | GradientStream,
     *,
@@ -131,7 +134,7 @@ def empirical_fisher(
     """
     layout, chosen = _choose(gradients, block_size, engine, select, batch_axes)
     options = {"select": select, "batch_axes": batch_axes, "damping": damping}
-    window_size = layout.num_weights
+    window_size = layout.view.block_size
     if memory_budget is not None:
         plan = estimate(gradients, block_size=block_size, engine=engine, memory_budget=memory_budget, **options)
         chosen, window_size = plan.engine, plan.window_size
@@ -171,12 +174,12 @@ def _plan(
     auto: bool = False,
 ) -> Estimate:
     # float32 arrays that live at the same time, and a micro-batch of gradients where they are streamed.
-    nb, b = layout.num_blocks, layout.block_size
+    nb, b = layout.view.num_blocks, layout.view.block_size  # of one device
     d, rows, inverse = nb * b, 4 * m * nb * b, 4 * nb * b * b
     step = _step_bytes(gradients, layout, engine) if isinstance(gradients, GradientStream) else 0
     products = 4 * m * d
     if engine == "streamed":
-        width = window_size or layout.num_weights
+        width = window_size or b
         work = max(_dual_bytes(layout, m) + 8 * m * min(width, linalg.COLUMN_WINDOW), step)
         flops = 2.5 * m * m * d + 2 * m**3 / 3 + products
         return Estimate(engine, 4 * m * width + work, 4 * m * m, flops, 2 * -(-d // width) + 2, width)
@@ -196,8 +199,8 @@ def _plan(
 
 def _dual_bytes(layout: Layout, m: int) -> int:
     # Gram matrices and factors of all blocks, those of a chunk in work; and vectors as long as the parameters.
-    nb = layout.num_blocks
-    return 4 * (2 * nb * m * m + min(6 * nb * m * m, max(WORKSPACE // 4, 6 * m * m)) + 6 * layout.num_weights)
+    nb, weights = layout.view.num_blocks, layout.view.num_blocks * layout.view.block_size
+    return 4 * (2 * nb * m * m + min(6 * nb * m * m, max(WORKSPACE // 4, 6 * m * m)) + 6 * weights)
 
 
 def _step_bytes(stream: GradientStream, layout: Layout, engine: Engine) -> int:
@@ -205,7 +208,7 @@ def _step_bytes(stream: GradientStream, layout: Layout, engine: Engine) -> int:
         state = jax.eval_shape(lambda: (BlockSums.empty(layout),))
     else:  # whatever is kept of the rows, a step computes them first
         state = jax.eval_shape(lambda: (GradientRows.empty(layout, stream.num_rows),))
-    return stream.step_bytes(add_microbatch, state)
+    return stream.step_bytes(add_microbatch, tuple(layout.placed(some, some.shard_specs()) for some in state))
 
 
 def _fitting_window(layout: Layout, m: int, stream: GradientStream, budget: int) -> Estimate:
@@ -215,7 +218,7 @@ def _fitting_window(layout: Layout, m: int, stream: GradientStream, budget: int)
     width = (budget - dual - 2 * column * columns) // column
     if width < columns:
         width = min((budget - dual) // (3 * column), columns)
-    width = min(width, (budget - step) // column, layout.num_weights)
+    width = min(width, (budget - step) // column, layout.view.block_size)
     return _plan("streamed", layout, m, stream, max(1, width))
 
 

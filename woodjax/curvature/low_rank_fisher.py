@@ -30,6 +30,7 @@ from woodjax.curvature.damping import (
 )
 from woodjax.curvature.protocol import compiled
 from woodjax.curvature.sums import Accumulator, accumulate, layout_of, placed_layout
+from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Masks, Params, Select, Updates
@@ -217,6 +218,10 @@ class GradientRows(Accumulator):
         shape = (capacity, layout.num_blocks, layout.block_size)
         return cls(layout, jnp.zeros((), jnp.int32), layout.zeros(shape, dtype, 1 + layout.whole))
 
+    def shard_specs(self) -> Self:
+        """Split along the columns."""
+        return replace(self, rows=self.layout.spread(1 + self.layout.whole), count=PartitionSpec())
+
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """Write fresh rows behind those that are there; `k·d` elements, and a copy of the state outside `jit`.
 
@@ -246,6 +251,7 @@ class GradientRows(Accumulator):
         both = lax.dynamic_update_slice_in_dim(both, other.rows, self.count, 0)
         return replace(self, rows=both, count=self.count + other.count)
 
+    @on_any_axes
     def finalize(self, damping: Damping = ONE_PERCENT, *, held_out: Any = None) -> LowRankFisher:
         """Factor the damped Gram matrix, block by block.
 
@@ -276,6 +282,7 @@ class GradientRows(Accumulator):
         return _factor(self.layout, rows, damping)
 
 
+@on_any_axes
 def low_rank_fisher(
     gradients: Gradients | GradientStream,
     *,

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
-from woodjax.placement import ShardedLayout
+from woodjax.placement import ShardedLayout, on_any_axes
 from woodjax.tree import Layout, check_like
 from woodjax.typing import Groups, Masks, Params, Updates
 
@@ -44,7 +44,7 @@ def compiled(method: F, *, lead: int = 0) -> F:
             layout.tree_specs(lead),
         )(self, (args, keywords))
 
-    return cast(F, jax.jit(run))
+    return cast(F, on_any_axes(jax.jit(run)))
 
 
 def _specs(layout: ShardedLayout, argument: Any) -> Any:
@@ -121,6 +121,7 @@ class CoupledCurvature(GroupCurvature, Protocol):
         ...
 
 
+@on_any_axes
 def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Params | None = None) -> Float[Array, ""]:
     """Loss change that the quadratic model predicts for an update: `ḡᵀδ + ½δᵀHδ`.
 

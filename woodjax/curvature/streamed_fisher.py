@@ -15,6 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
@@ -29,6 +30,7 @@ from woodjax.curvature.damping import (
 )
 from woodjax.curvature.diagonal_fisher import DiagonalSums
 from woodjax.curvature.sums import accumulate, layout_of
+from woodjax.placement import Microbatches, on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Masks, Params, Select, Updates
@@ -44,7 +46,7 @@ class StreamedFisher:
     """A stream of gradients and the inverse factor of their damped Gram matrix. Made by `streamed_fisher`."""
 
     layout: Layout
-    window_size: int  # columns w held at once
+    window_size: int  # columns w held at once, on each device
     stream: GradientStream
     whitener: linalg.Whitener
     raised: Int[Array, ""]  # 1 if the damping was raised
@@ -54,16 +56,17 @@ class StreamedFisher:
         """`λ` as used: raised where the factor failed."""
         return self.whitener.damping
 
+    @on_any_axes
     def inverse_diagonal(self) -> Params:
         """`[H⁻¹]_qq`; 0 on leaves that are not prunable. `d/w` passes."""
-        diagonal = jnp.zeros(self.layout.num_weights, self.whitener.root.dtype)
-        columns = _empty_window(self.stream, self.window_size)
-        for start in range(0, self.layout.num_weights, self.window_size):
-            columns, first, _ = _window(self.stream, self.layout, start, columns)
-            part = linalg.dual_inverse_diagonal(columns, self.whitener)
-            diagonal = lax.dynamic_update_slice_in_dim(diagonal, part, first, 0)
+        diagonal = self.layout.zeros((self.layout.block_size,), self.whitener.root.dtype, 0)
+        columns = _empty_window(self.stream, self.layout, self.window_size)
+        for start in _starts(self.layout, self.window_size):
+            columns = _window(self.stream, self.layout, start, columns)
+            diagonal = _write_diagonal(diagonal, columns, self.whitener, start, layout=self.layout)
         return self._tree(jnp.where(diagonal > 0, diagonal, jnp.nan))
 
+    @on_any_axes
     def solve(self, tree: Params) -> Params:
         """`H⁻¹v`; 0 on leaves that are not prunable. One forward and one backward pass."""
         vector = self._selected(tree)
@@ -71,12 +74,14 @@ class StreamedFisher:
         back = self._selected(self.stream.combine(dual))
         return jax.tree.map(lambda v, b: (v - b) / self.damping, vector, back)
 
+    @on_any_axes
     def matvec(self, tree: Params) -> Params:
         """`Hv`; 0 on leaves that are not prunable. One forward and one backward pass."""
         vector = self._selected(tree)
         back = self._selected(self.stream.combine(self.stream.products(vector)))
         return jax.tree.map(lambda v, b: self.damping * v + b / self.stream.num_rows, vector, back)
 
+    @on_any_axes
     def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
         """Minimiser of `ḡᵀδ + ½δᵀHδ` with `δ_Q = −w_Q`: `d/w` passes for the Gram matrix, two more for the step."""
         kept = self.layout.to_blocks(masks)[0]
@@ -98,6 +103,7 @@ class StreamedFisher:
         return self.layout.to_tree(flat[None], fill=0)
 
 
+@on_any_axes
 def streamed_fisher(
     stream: GradientStream,
     *,
@@ -110,8 +116,8 @@ def streamed_fisher(
 
     Args:
         stream: Rows of gradients.
-        window_size: Columns `w` of `G` held at once, clipped to `d`. Every question that needs columns takes
-            `d/w` passes over the examples; the answers are those of `low_rank_fisher`.
+        window_size: Columns `w` of `G` held at once, on each device, clipped to `d`. Every question that needs
+            columns takes `d/w` passes over the examples; the answers are those of `low_rank_fisher`.
         damping: As in `low_rank_fisher`.
         select: Which leaves are prunable, asked as `select(path, leaf)`.
         batch_axes: Leading axes that stack layers.
@@ -140,7 +146,7 @@ def streamed_fisher(
     if window_size < 1:
         raise ValueError(f"window_size is {window_size}: pass at least 1 column.")
     layout = layout_of(stream, block_size=None, select=select, batch_axes=batch_axes)
-    width = min(window_size, layout.num_weights)
+    width = min(window_size, layout.view.block_size)
     if isinstance(damping, str):
         check_halves(stream.num_rows)
     stream = stream.precise()
@@ -156,29 +162,62 @@ def streamed_fisher(
 
 
 def _gram(stream: GradientStream, layout: Layout, width: int, kept: Bool[Array, " d"] | None) -> Float[Array, "m m"]:
-    columns = _empty_window(stream, width)
+    columns = _empty_window(stream, layout, width)
     total = jnp.zeros((stream.num_rows, stream.num_rows), columns.dtype)
-    for start in range(0, layout.num_weights, width):
-        columns, first, fresh = _window(stream, layout, start, columns)
-        if kept is not None:
-            fresh &= lax.dynamic_slice_in_dim(kept, first, width)
-        total += linalg.gram(columns, fresh)
+    for start in _starts(layout, width):
+        columns = _window(stream, layout, start, columns)
+        total += _window_gram(columns, kept, start, layout=layout)
     return total
 
 
-def _empty_window(stream: GradientStream, width: int) -> Float[Array, "m w"]:
-    return jnp.zeros((stream.num_rows, width), wide_dtype(stream.params))
+@partial(jax.jit, static_argnames="layout")
+def _window_gram(
+    columns: Float[Array, "m w"], kept: Bool[Array, " d"] | None, start: int, *, layout: Layout
+) -> Float[Array, "m m"]:
+    def gram(columns: Array, kept: Array | None, start: Array) -> Array:
+        first, fresh = _span(layout, start, columns.shape[1])
+        if kept is not None:
+            fresh &= lax.dynamic_slice_in_dim(kept, first, columns.shape[1])
+        return linalg.gram(columns, fresh, axes=layout.view.column_axes)
+
+    here = PartitionSpec()
+    flags = here if kept is None else layout.spread(0)
+    return layout.run(gram, (layout.spread(1), flags, here), here)(columns, kept, start)
 
 
-def _window(
-    stream: GradientStream, layout: Layout, start: int, buffer: Float[Array, "m w"]
-) -> tuple[Float[Array, "m w"], int, Bool[Array, " w"]]:
-    # Columns of `G`, the first of them, and which come after `start`: the last window overlaps the one before.
+@partial(jax.jit, static_argnames="layout", donate_argnums=0)
+def _write_diagonal(
+    diagonal: Float[Array, " d"], columns: Float[Array, "m w"], whitener: linalg.Whitener, start: int, *, layout: Layout
+) -> Float[Array, " d"]:
+    def write(diagonal: Array, columns: Array, whitener: linalg.Whitener, start: Array) -> Array:
+        first, _ = _span(layout, start, columns.shape[1])
+        part = linalg.dual_inverse_diagonal(columns, whitener)
+        return lax.dynamic_update_slice_in_dim(diagonal, part, first, 0)
+
+    here, own = PartitionSpec(), layout.spread(0)
+    return layout.run(write, (own, layout.spread(1), here, here), own)(diagonal, columns, whitener, start)
+
+
+def _starts(layout: Layout, width: int) -> range:
+    """First columns of the windows; on several devices, of those of every one."""
+    return range(0, layout.view.block_size, width)
+
+
+def _span(layout: Layout, start: Array, width: int) -> tuple[Array, Bool[Array, " w"]]:
+    # The first column of a window, and which come after `start`: the last window overlaps the one before.
+    first = jnp.minimum(start, layout.view.block_size - width)
+    return first, first + jnp.arange(width) >= start
+
+
+def _empty_window(stream: GradientStream, layout: Layout, width: int) -> Float[Array, "m w"]:
+    devices = layout.block_size // layout.view.block_size
+    return layout.zeros((stream.num_rows, devices * width), wide_dtype(stream.params), 1)
+
+
+def _window(stream: GradientStream, layout: Layout, start: int, buffer: Float[Array, "m w"]) -> Float[Array, "m w"]:
     # The memory of the buffer, whatever is in it, is taken over: there is never more than one window.
-    width = buffer.shape[1]
-    first = min(start, layout.num_weights - width)
-    columns, _ = stream.fold(_FillWindow(layout), (buffer, jnp.asarray(first)))
-    return columns, first, first + jnp.arange(width) >= start
+    columns, _ = stream.fold(_FillWindow(layout, stream.microbatches), (buffer, jnp.asarray(start)))
+    return columns
 
 
 @dataclass(frozen=True)
@@ -186,11 +225,19 @@ class _FillWindow:
     """Writes the window's columns of a micro-batch of gradients."""
 
     layout: Layout
+    cut: Microbatches
 
     def __call__(
         self, state: tuple[Array, Array], gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]
     ) -> tuple[Array, Array]:
+        del fresh  # rows that were seen before are written over themselves
         columns, start = state
-        rows = self.layout.to_blocks(gradients)[:, 0]
-        wanted = lax.dynamic_slice_in_dim(rows, start, columns.shape[1], axis=1)
-        return lax.dynamic_update_slice_in_dim(columns, wanted.astype(columns.dtype), first, 0), start
+
+        def fill(columns: Array, gradients: Gradients, start: Array, first: Array) -> Array:
+            width = columns.shape[1]
+            wanted = self.layout.view.window(gradients, _span(self.layout, start, width)[0], width)
+            return self.cut.put(columns, wanted.astype(columns.dtype), first * self.cut.split)
+
+        here, own = PartitionSpec(), self.layout.spread(1)
+        run = self.layout.run(fill, (own, self.layout.gradient_specs(), here, here), own)
+        return run(columns, gradients, start, first), start

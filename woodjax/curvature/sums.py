@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping
 from woodjax.curvature.protocol import Curvature
-from woodjax.placement import placement_of, sharded_layout
+from woodjax.placement import on_any_axes, placement_of, sharded_layout
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, check_floating, make_layout
 from woodjax.typing import Batch, Gradients, Params, Select
@@ -33,6 +33,10 @@ class Accumulator(abc.ABC):
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
         """The state with those of the rows added that are fresh; None for all."""
 
+    @abc.abstractmethod
+    def shard_specs(self) -> Self:
+        """The state with the specs of its arrays in their place."""
+
     def add_gradients(self, gradients: Gradients, fresh: Bool[Array, " k"] | None = None) -> Self:
         """`add_rows` of gradients that are a tree still."""
         return self.add_rows(self.layout.to_blocks(gradients), fresh)
@@ -45,6 +49,7 @@ class Accumulator(abc.ABC):
     def _merged(self, other: Any) -> Self:
         """The state of the rows of both."""
 
+    @on_any_axes
     def add(self, gradients: Gradients) -> Self:
         """The state with more rows; this one stays as it is.
 
@@ -77,6 +82,7 @@ class Accumulator(abc.ABC):
         """Rows that the state can hold; None for sums, which take any number."""
         return None
 
+    @on_any_axes
     def merge(self, other: Self) -> Self:
         """The state of the rows of both, as if all had been added to one.
 

@@ -8,9 +8,11 @@ single columns or blocks is answered where they are, and only sums travel.
 |---|---|
 | `mesh` | on which mesh axes the leaves and the examples lie |
 | `layout` | which columns a device owns, and how gradients come to it |
+| `explicit` | meshes with explicit axes |
 | `rows` | micro-batches of examples that are split over devices |
 """
 
+from woodjax.placement.explicit import on_any_axes
 from woodjax.placement.layout import ShardedLayout, ShardView, sharded_layout
 from woodjax.placement.mesh import LeafPlace, Placement, batch_sharding, placement_of
 from woodjax.placement.rows import Microbatches, all_true, as_gradients, as_params, take_examples
@@ -25,6 +27,7 @@ __all__ = [
     "as_gradients",
     "as_params",
     "batch_sharding",
+    "on_any_axes",
     "placement_of",
     "sharded_layout",
     "take_examples",

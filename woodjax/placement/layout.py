@@ -87,6 +87,14 @@ class ShardedLayout(Layout):
         placed = NamedSharding(self.placement.mesh, self.spread(axis))
         return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=placed)()
 
+    def placed(self, shapes: PyTree, specs: PyTree) -> PyTree:
+        """Shapes of arrays with their shardings."""
+
+        def place(x: Any, spec: PartitionSpec) -> Any:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.placement.mesh, spec))
+
+        return jax.tree.map(place, shapes, specs)
+
     def tree_specs(self, lead: int = 0) -> PyTree:
         """Specs of a params-tree, or of one with a leading axis that is not split."""
         specs = [PartitionSpec(*(None,) * lead, *leaf.spec) for leaf in self.placement.leaves]

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from woodjax.placement.explicit import automatic_mesh
 from woodjax.tree import path_name
 
 Axes = tuple[str, ...]
@@ -71,7 +72,7 @@ def placement_of(params: PyTree, batch: PyTree = None, *, rows: bool = False) ->
         for path, leaf in jax.tree_util.tree_leaves_with_path((params, batch))
         if not isinstance(leaf, jax.core.Tracer) and isinstance(getattr(leaf, "sharding", None), NamedSharding)
     ]
-    meshes = {_automatic(sharding.mesh): name for name, sharding in found if sharding.mesh.size > 1}
+    meshes = {automatic_mesh(sharding.mesh): name for name, sharding in found if sharding.mesh.size > 1}
     if not meshes:
         return None
     if len(meshes) > 1:
@@ -108,12 +109,6 @@ def _leaf_place(dims: tuple[Axes, ...], split: Axes) -> LeafPlace:
     # Of a leaf that is split along an axis of the examples, a device has the gradients of its shard at all of them.
     used = {axis for dim in dims for axis in dim}
     return LeafPlace(dims, tuple(axis for axis in split if axis not in used))
-
-
-def _automatic(mesh: Any) -> Mesh:
-    if all(kind == AxisType.Auto for kind in mesh.axis_types):
-        return mesh
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _dims(leaf: Any) -> tuple[Axes, ...]:

@@ -15,6 +15,7 @@ from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
 from woodjax.masks import Scope
 from woodjax.one_shot import OneShotInfo, prune_one_shot
+from woodjax.placement import on_any_axes
 from woodjax.schedules import Path, check_stages
 from woodjax.sparsities import Sparsity
 from woodjax.stages import Criterion, CurvatureFn, StageInfo, prune_stages
@@ -51,6 +52,7 @@ class RefreshOptions(TypedDict, total=False):
     check: bool
 
 
+@on_any_axes
 def refresh(
     params: Params,
     opt_state: OptState,
