@@ -119,6 +119,7 @@ from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.patterns import NM, Block, Filters, Pattern, Rows
 from woodjax.probe import check_loss
+from woodjax.scale import Collective, collectives, gathered_bytes, largest_gather, wire_bytes
 from woodjax.schedules import (
     Schedule,
     cubic_schedule,
@@ -194,6 +195,7 @@ __all__ = [
     "ChannelGroups",
     "ChannelScores",
     "CollapseReport",
+    "Collective",
     "CoupledCurvature",
     "Curvature",
     "DampedInverse",
@@ -249,6 +251,7 @@ __all__ = [
     "check_loss",
     "check_rebuilt",
     "choose_update",
+    "collectives",
     "column_sweep",
     "compensate",
     "compensate_channels",
@@ -275,6 +278,7 @@ __all__ = [
     "from_bcoo",
     "gate_channels",
     "gate_scores",
+    "gathered_bytes",
     "gauss_newton_diagonal",
     "gauss_newton_scores",
     "get_info",
@@ -300,6 +304,7 @@ __all__ = [
     "joint_steps_gram",
     "kronecker_fisher",
     "l2_channel_scores",
+    "largest_gather",
     "layer_collapse_report",
     "layer_input_hessian",
     "linear_schedule",
@@ -367,6 +372,7 @@ __all__ = [
     "weight_macs",
     "whiten",
     "whiten_gram",
+    "wire_bytes",
     "woodbury_scan",
     "woodbury_scan_rank_k",
     "woodtaylor_scores",
