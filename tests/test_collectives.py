@@ -197,3 +197,14 @@ def test_one_device_sends_nothing():
 def test_what_cannot_be_read_is_an_error(text, message):
     with pytest.raises(ValueError, match=message):
         wj.collectives(text)
+
+
+@pytest.mark.parametrize(("name", "block_size"), [("by columns", None), ("by sums", 4)])
+def test_the_cost_model_sends_what_a_program_with_its_communication_does(texts, name, block_size):
+    compiled = wj.collectives(texts[name])
+    model = wj.scaling_cost(256, 8, 8, wj.TPU_V5E, data_devices=2, block_size=block_size).collectives
+    # A compiler may send several small sums as one.
+    for kind in {x.kind for x in (*compiled, *model)}:
+        found, expected = ([wj.wire_bytes(x) for x in every if x.kind == kind] for every in (compiled, model))
+        assert sum(found) == pytest.approx(sum(expected), rel=1e-9), kind
+    assert wj.largest_gather(texts[name]) == max(x.result_bytes for x in model if x.kind == "all-gather")

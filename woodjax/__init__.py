@@ -119,7 +119,20 @@ from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.patterns import NM, Block, Filters, Pattern, Rows
 from woodjax.probe import check_loss
-from woodjax.scale import Collective, collectives, gathered_bytes, largest_gather, wire_bytes
+from woodjax.scale import (
+    H100_SXM,
+    TPU_V5E,
+    Collective,
+    Hardware,
+    ScalingCost,
+    collectives,
+    cost_table,
+    fitting_cost,
+    gathered_bytes,
+    largest_gather,
+    scaling_cost,
+    wire_bytes,
+)
 from woodjax.schedules import (
     Schedule,
     cubic_schedule,
@@ -182,9 +195,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FIXED",
+    "H100_SXM",
     "INIT_CRITERIA",
     "MINIMUM_PROBES",
     "NM",
+    "TPU_V5E",
     "Accumulator",
     "AtInitInfo",
     "AxisTraceEstimate",
@@ -211,6 +226,7 @@ __all__ = [
     "GradientWindow",
     "GroupCurvature",
     "GuaranteeInfo",
+    "Hardware",
     "ImplantedKernel",
     "InitCriterion",
     "InputMoments",
@@ -229,6 +245,7 @@ __all__ = [
     "Relative",
     "RowFisher",
     "Rows",
+    "ScalingCost",
     "Schedule",
     "SearchInfo",
     "Selection",
@@ -256,6 +273,7 @@ __all__ = [
     "compensate",
     "compensate_channels",
     "contract",
+    "cost_table",
     "count_macs",
     "cross_entropy",
     "cubic_schedule",
@@ -275,6 +293,7 @@ __all__ = [
     "fisher_inverse",
     "fisher_obs_scores",
     "fisher_scores",
+    "fitting_cost",
     "from_bcoo",
     "gate_channels",
     "gate_scores",
@@ -350,6 +369,7 @@ __all__ = [
     "save_arrays",
     "save_masks",
     "save_pruned",
+    "scaling_cost",
     "schedule_of",
     "search_masks",
     "select_channels",
