@@ -115,6 +115,7 @@ from woodjax.losses import cross_entropy
 from woodjax.macs import count_macs, weight_macs
 from woodjax.mask_search import SearchInfo, search_masks
 from woodjax.masks import ExactSparsity, make_masks, mask_sparsity, nonfinite_scores, prune_count
+from woodjax.microbatches import microbatch_for
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.patterns import NM, Block, Filters, Pattern, Rows
@@ -340,6 +341,7 @@ __all__ = [
     "masks_from_params",
     "mean_gradient",
     "measure",
+    "microbatch_for",
     "nonfinite_scores",
     "normalize_scores",
     "obd_scores",
