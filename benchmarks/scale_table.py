@@ -23,7 +23,9 @@ pass, of an image of 224 × 224 for ResNet-50 (4.1 GMAC) and ViT-L/16 (61.6 GMAC
 
 *data × others*: devices among which examples are divided, times those among which parameters are. *window*: columns
 that a device holds at once where it cannot hold all; *passes*: how often every gradient is computed for that. *GB at
-once*: the peak of one pass, without windows. Seconds and GB are those of one device.
+once*: the peak of one pass, without windows. *gradients travel*: rows go to the owners of their blocks, which then
+add them up; without it, sums of outer products do. The first is the cheaper where
+`m/D < b`. Seconds and GB are those of one device.
 
 """
 
@@ -51,16 +53,25 @@ NETWORKS = (
     Network("7B decoder", 7_000_000_000, 6 * 7e9 * 2048, (2, 16)),
 )
 MACHINES = (Machine(8, wj.H100_SXM), Machine(256, wj.TPU_V5E))
-BLOCKS = (None, 64, 128)
+CURVATURES = {
+    "whole network": (None, "sums"),
+    "blocks of 64": (64, "sums"),
+    "blocks of 64, gradients travel": (64, "gradients"),
+    "blocks of 128": (128, "sums"),
+    "blocks of 128, gradients travel": (128, "gradients"),
+}
 
 
-def best(network: Network, machine: Machine, data: int, block_size: int | None) -> tuple[wj.ScalingCost, float]:
+def best(
+    network: Network, machine: Machine, data: int, block_size: int | None, exchange: str
+) -> tuple[wj.ScalingCost, float]:
     """The fastest number of rows at once, and the peak without windows."""
     found = []
     for microbatch in (1, 4, 16, 64):
         options = {
             "data_devices": data,
             "block_size": block_size,
+            "exchange": exchange,
             "gradient_flops": network.gradient_flops,
             "microbatch_size": microbatch,
         }
@@ -75,12 +86,10 @@ def best(network: Network, machine: Machine, data: int, block_size: int | None) 
 def main() -> int:
     """Write the table."""
     found = {
-        (f"{network.name}, {'whole network' if size is None else f'blocks of {size}'}", machine): best(
-            network, machine, data, size
-        )
+        (f"{network.name}, {name}", machine): best(network, machine, data, *curvature)
         for network in NETWORKS
         for machine, data in zip(MACHINES, network.data_devices, strict=True)
-        for size in BLOCKS
+        for name, curvature in CURVATURES.items()
     }
     header, rule = wj.cost_table({}).splitlines()
     out = [f"{header} rows at once | GB at once |", f"{rule}---|---|"]

@@ -45,6 +45,17 @@ def test_sums_of_blocks():
     assert found["update"].wire_bytes == 0
 
 
+def test_gradients_may_travel_in_place_of_sums():
+    d, m, n, data, b = 6400, 32, 8, 4, 16
+    sums, rows = (stages(d, m, n, UNIT, data_devices=data, block_size=b, exchange=x) for x in ("sums", "gradients"))
+    assert rows["to owners"].wire_bytes == 4 * (m / data) * (d * data / n) * 3 / 4
+    assert rows["sums"].wire_bytes == 0
+    assert rows["sums"].flops == sums["sums"].flops
+    assert rows["factor"] == sums["factor"]
+    # b numbers a weight against m/D.
+    assert sums["sums"].wire_bytes == rows["to owners"].wire_bytes * b / (m / data)
+
+
 def test_blocks_of_more_weights_than_rows_go_to_their_owners():
     d, m, n, b = 6400, 8, 4, 16
     found = stages(d, m, n, UNIT, block_size=b)
@@ -132,6 +143,7 @@ def test_latency_counts_messages():
     [
         ({"d": 0}, "d is 0"),
         ({"window": 0}, "window is 0"),
+        ({"exchange": "masks"}, "exchange is 'masks'"),
         ({"block_size": -1}, "block_size is -1"),
         ({"microbatch_size": 0}, "microbatch_size is 0"),
         ({"data_devices": 3}, "data_devices is 3: pass a divisor of devices, which is 8"),
