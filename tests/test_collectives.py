@@ -208,3 +208,93 @@ def test_the_cost_model_sends_what_a_program_with_its_communication_does(texts, 
         found, expected = ([wj.wire_bytes(x) for x in every if x.kind == kind] for every in (compiled, model))
         assert sum(found) == pytest.approx(sum(expected), rel=1e-9), kind
     assert wj.largest_gather(texts[name]) == max(x.result_bytes for x in model if x.kind == "all-gather")
+
+
+# As XLA's backend for TPU leaves loops: no count beside them, constants passed in from outside, copies.
+COUNTED = """HloModule loops, num_partitions=4
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%inner_body (p: (s32[], f32[8], s32[])) -> (s32[], f32[8], s32[]) {
+  %p = (s32[], f32[8]{0}, s32[]) parameter(0)
+  %p0 = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %p1 = f32[8]{0} get-tuple-element(%p), index=1
+  %p2 = s32[] get-tuple-element(%p), index=2
+  %next = s32[] add(%p0, %p2)
+  %total = f32[8]{0} all-reduce(%p1), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %inner_out = (s32[], f32[8]{0}, s32[]) tuple(%next, %total, %p2)
+}
+
+%inner_condition (q: (s32[], f32[8], s32[])) -> pred[] {
+  %q = (s32[], f32[8]{0}, s32[]) parameter(0)
+  %q0 = s32[] get-tuple-element(%q), index=0
+  %inner_limit = s32[] constant(7)
+  ROOT %inner_less = pred[] compare(%q0, %inner_limit), direction=LT
+}
+
+%outer_body (r: (s32[], f32[8], s32[], s32[])) -> (s32[], f32[8], s32[], s32[]) {
+  %r = (s32[], f32[8]{0}, s32[], s32[]) parameter(0)
+  %r0 = s32[] get-tuple-element(%r), index=0
+  %r1 = f32[8]{0} get-tuple-element(%r), index=1
+  %r2 = s32[] get-tuple-element(%r), index=2
+  %r3 = s32[] get-tuple-element(%r), index=3
+  %one = s32[] constant(1)
+  %step = s32[] copy(%r3)
+  %inner_start = (s32[], f32[8]{0}, s32[]) tuple(%one, %r1, %step)
+  %inner = (s32[], f32[8]{0}, s32[]) while(%inner_start), condition=%inner_condition, body=%inner_body
+  %inner_result = f32[8]{0} get-tuple-element(%inner), index=1
+  %outer_next = s32[] add(%one, %r0)
+  ROOT %outer_out = (s32[], f32[8]{0}, s32[], s32[]) tuple(%outer_next, %inner_result, %r2, %r3)
+}
+
+%outer_condition (s: (s32[], f32[8], s32[], s32[])) -> pred[] {
+  %s = (s32[], f32[8]{0}, s32[], s32[]) parameter(0)
+  %s0 = s32[] get-tuple-element(%s), index=0
+  %s2 = s32[] get-tuple-element(%s), index=2
+  ROOT %outer_less = pred[] compare(%s0, %s2), direction=LT
+}
+
+ENTRY %main (v: f32[8], n: s32[]) -> f32[8] {
+  %v = f32[8]{0} parameter(0)
+  %n = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %limit = s32[] constant(5)
+  %two = s32[] constant(2)
+  %outer_start = (s32[], f32[8]{0}, s32[], s32[]) tuple(%zero, %v, %limit, %two)
+  %outer = (s32[], f32[8]{0}, s32[], s32[]) while(%outer_start), condition=%outer_condition, body=%outer_body
+  ROOT %result = f32[8]{0} get-tuple-element(%outer), index=1
+}
+"""
+
+
+def test_loops_whose_length_is_not_written_down_are_counted():
+    (found,) = wj.collectives(COUNTED)
+    assert tuple(found[:5]) == ("all-reduce", 32, 32, 2, 5 * 3)  # 0, 1, 2, 3, 4 and 1, 3, 5
+    (once,) = wj.collectives(COUNTED.replace("%inner_limit = s32[] constant(7)", "%inner_limit = s32[] constant(2)"))
+    assert once.count == 5
+    assert wj.collectives(COUNTED.replace("%limit = s32[] constant(5)", "%limit = s32[] constant(-5)")) == ()
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("the start is an argument", ("tuple(%zero, %v, %limit, %two)", "tuple(%n, %v, %limit, %two)")),
+        ("the limit is", ("tuple(%zero, %v, %limit, %two)", "tuple(%zero, %v, %n, %two)")),
+        ("the step is", ("tuple(%zero, %v, %limit, %two)", "tuple(%zero, %v, %limit, %n)")),
+        ("the limit changes", ("tuple(%outer_next, %inner_result, %r2", "tuple(%outer_next, %inner_result, %r0")),
+        ("it counts down", ("%inner_limit), direction=LT", "%inner_limit), direction=GT")),
+        ("it is multiplied", ("%next = s32[] add(", "%next = s32[] multiply(")),
+        ("it does not go up", ("%two = s32[] constant(2)", "%two = s32[] constant(0)")),
+        ("it goes up by itself", ("%next = s32[] add(%p0, %p2)", "%next = s32[] add(%p0, %p0)")),
+        ("it is another element", ("%outer_next = s32[] add(%one, %r0)", "%outer_next = s32[] add(%one, %r2)")),
+        ("the start is no constant of one number", ("%zero = s32[] constant(0)", "%zero = s32[] constant({...})")),
+    ],
+)
+def test_loops_that_cannot_be_counted_are_not(what, change):
+    assert COUNTED.count(change[0]) == 1, what
+    (found,) = wj.collectives(COUNTED.replace(*change))
+    assert found.count is None, what

@@ -11,7 +11,6 @@ _CALLED = re.compile(
     r"\b(to_apply|calls|body|condition|branch_computations|true_computation|false_computation|called_computations)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
-_TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
 _PARTS = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 
 
@@ -31,10 +30,9 @@ class Instruction(NamedTuple):
             found.setdefault(word, []).extend(_NAME.findall(names))
         return found
 
-    def trip_count(self) -> int | None:
-        """How often a `while` runs its body, as the compiler found; None if it did not."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
+    def names(self) -> list[str]:
+        """Names of its operands; older releases write their shapes before them."""
+        return re.findall(r"%([\w.\-]+)", self.operands) or _NAME.findall(self.operands)
 
 
 class Program(NamedTuple):
@@ -42,7 +40,8 @@ class Program(NamedTuple):
 
     entry: str
     computations: dict[str, list[Instruction]]
-    shapes: dict[str, str]  # of what each instruction makes
+    roots: dict[str, Instruction]  # what each computation returns
+    instructions: dict[str, Instruction]
     devices: int
 
     def operand_bytes(self, instruction: Instruction, first: int | None = None) -> int:
@@ -55,9 +54,7 @@ class Program(NamedTuple):
         Returns:
             Bytes on one device.
         """
-        # Older releases write the shape of an operand before its name.
-        names = re.findall(r"%([\w.\-]+)", instruction.operands) or _NAME.findall(instruction.operands)
-        return sum(shape_bytes(self.shapes[name]) for name in names[:first])
+        return sum(shape_bytes(self.instructions[name].shape) for name in instruction.names()[:first])
 
 
 def shape_bytes(shape: str) -> int:
@@ -103,8 +100,9 @@ def parse(text: str) -> Program:
         ValueError: No entry computation in it.
     """
     computations: dict[str, list[Instruction]] = {}
-    shapes: dict[str, str] = {}
-    entry, current, devices = None, None, 1
+    roots: dict[str, Instruction] = {}
+    instructions: dict[str, Instruction] = {}
+    entry, current, devices = None, "", 1
     for line in text.splitlines():
         if line.startswith("HloModule"):
             devices = math.prod(map(int, _PARTS.findall(line)))
@@ -113,14 +111,17 @@ def parse(text: str) -> Program:
             name = _NAME.match(head)
             if name is None:
                 continue
-            current = computations.setdefault(name[1], [])
+            current = name[1]
+            computations[current] = []
             entry = name[1] if head != line else entry
-        elif current is not None and (instruction := _instruction(line)) is not None:
-            current.append(instruction)
-            shapes[instruction.name] = instruction.shape
+        elif current and (instruction := _instruction(line)) is not None:
+            computations[current].append(instruction)
+            instructions[instruction.name] = instruction
+            if line.strip().startswith("ROOT "):
+                roots[current] = instruction
     if entry is None:
         raise ValueError("The text has no ENTRY computation: pass what Compiled.as_text() returns.")
-    return Program(entry, computations, shapes, devices)
+    return Program(entry, computations, roots, instructions, devices)
 
 
 def _instruction(line: str) -> Instruction | None:

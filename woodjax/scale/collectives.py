@@ -11,6 +11,7 @@ import jax
 
 from woodjax.scale._groups import group_size
 from woodjax.scale._hlo import Instruction, Program, parse, shape_bytes
+from woodjax.scale._loops import Known, loop_constants, trip_count
 
 KINDS = (
     "all-reduce",
@@ -54,7 +55,8 @@ def collectives(compiled: jax.stages.Compiled | str) -> tuple[Collective, ...]:
 
     Returns:
         A tuple, in the order of the program. Bytes are those of arrays: a compiler may pad or widen them (XLA's CPU
-        backend sums bfloat16 as float32, and that is what its program says).
+        backend sums bfloat16 as float32, and that is what its program says), and it chooses how to send: on TPU, XLA
+        makes sums of small gathers and scatters.
 
     Raises:
         ValueError: A backend that does not give the text of a program; groups of devices in a notation that is not
@@ -145,7 +147,8 @@ def largest_gather(compiled: jax.stages.Compiled | str, kinds: Sequence[str] = G
     """The largest array that a collective puts together on a device, in any branch and any loop.
 
     What a test asks that wants to know that no parameter is gathered. A gather can also be written as a sum of arrays
-    that are zero elsewhere: pass `kinds=("all-gather", "all-reduce")` where no large sum is expected.
+    that are zero elsewhere, as XLA does for small ones on TPU: pass `kinds=("all-gather", "all-reduce")` where no
+    large sum is expected.
 
     Args:
         compiled: As in `collectives`.
@@ -174,10 +177,8 @@ def _read(compiled: jax.stages.Compiled | str) -> Program:
     return parse(text)
 
 
-def _collect(program: Program, name: str, known: dict[str, list[Collective]]) -> list[Collective]:
+def _collect(program: Program, name: str, known: Known) -> list[Collective]:
     # Of one run of a computation.
-    if name in known:
-        return known[name]
     found: list[Collective] = []
     for instruction in program.computations.get(name, ()):
         one = _collective(program, instruction)
@@ -185,18 +186,17 @@ def _collect(program: Program, name: str, known: dict[str, list[Collective]]) ->
             found.append(one)
         if one is not None or instruction.opcode.endswith(("-done", "-update")):
             continue  # the start has been counted
-        called = {
-            word: [_collect(program, inner, known) for inner in names] for word, names in instruction.called().items()
-        }
-        if instruction.opcode == "while":
-            trips = instruction.trip_count()
-            found += [y for x in called["body"] for y in _times(x, trips)]
-            found += [y for x in called["condition"] for y in _times(x, None if trips is None else trips + 1)]
+        called, loop = instruction.called(), instruction.opcode == "while"
+        constants = loop_constants(program, instruction, known) if loop else {}
+        inside = {word: [_collect(program, inner, constants) for inner in names] for word, names in called.items()}
+        if loop:
+            trips = trip_count(program, instruction, known)
+            found += [y for x in inside["body"] for y in _times(x, trips)]
+            found += [y for x in inside["condition"] for y in _times(x, None if trips is None else trips + 1)]
         elif instruction.opcode == "conditional":
-            found += max((x for branches in called.values() for x in branches), key=_weight)
+            found += max((x for branches in inside.values() for x in branches), key=_weight)
         else:
-            found += [y for inner in called.values() for x in inner for y in x]
-    known[name] = found
+            found += [y for inner in inside.values() for x in inner for y in x]
     return found
 
 
