@@ -115,10 +115,25 @@ from woodjax.losses import cross_entropy
 from woodjax.macs import count_macs, weight_macs
 from woodjax.mask_search import SearchInfo, search_masks
 from woodjax.masks import make_masks, mask_sparsity, nonfinite_scores
+from woodjax.microbatches import microbatch_for
 from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.patterns import NM, Block, Filters, Pattern, Rows
 from woodjax.probe import check_loss
+from woodjax.scale import (
+    H100_SXM,
+    TPU_V5E,
+    Collective,
+    Hardware,
+    ScalingCost,
+    collectives,
+    cost_table,
+    fitting_cost,
+    gathered_bytes,
+    largest_gather,
+    scaling_cost,
+    wire_bytes,
+)
 from woodjax.schedules import (
     Schedule,
     cubic_schedule,
@@ -182,9 +197,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FIXED",
+    "H100_SXM",
     "INIT_CRITERIA",
     "MINIMUM_PROBES",
     "NM",
+    "TPU_V5E",
     "Accumulator",
     "AtInitInfo",
     "AxisTraceEstimate",
@@ -195,6 +212,7 @@ __all__ = [
     "ChannelGroups",
     "ChannelScores",
     "CollapseReport",
+    "Collective",
     "CoupledCurvature",
     "Curvature",
     "DampedInverse",
@@ -210,6 +228,7 @@ __all__ = [
     "GradientWindow",
     "GroupCurvature",
     "GuaranteeInfo",
+    "Hardware",
     "ImplantedKernel",
     "InitCriterion",
     "InputMoments",
@@ -228,6 +247,7 @@ __all__ = [
     "Relative",
     "RowFisher",
     "Rows",
+    "ScalingCost",
     "Schedule",
     "SearchInfo",
     "Selection",
@@ -250,10 +270,12 @@ __all__ = [
     "check_loss",
     "check_rebuilt",
     "choose_update",
+    "collectives",
     "column_sweep",
     "compensate",
     "compensate_channels",
     "contract",
+    "cost_table",
     "count_macs",
     "cross_entropy",
     "cubic_schedule",
@@ -273,9 +295,11 @@ __all__ = [
     "fisher_inverse",
     "fisher_obs_scores",
     "fisher_scores",
+    "fitting_cost",
     "from_bcoo",
     "gate_channels",
     "gate_scores",
+    "gathered_bytes",
     "gauss_newton_diagonal",
     "gauss_newton_scores",
     "get_info",
@@ -301,6 +325,7 @@ __all__ = [
     "joint_steps_gram",
     "kronecker_fisher",
     "l2_channel_scores",
+    "largest_gather",
     "layer_collapse_report",
     "layer_input_hessian",
     "linear_schedule",
@@ -317,6 +342,7 @@ __all__ = [
     "masks_from_params",
     "mean_gradient",
     "measure",
+    "microbatch_for",
     "nonfinite_scores",
     "normalize_scores",
     "obd_scores",
@@ -346,6 +372,7 @@ __all__ = [
     "save_arrays",
     "save_masks",
     "save_pruned",
+    "scaling_cost",
     "schedule_of",
     "search_masks",
     "select_channels",
@@ -368,6 +395,7 @@ __all__ = [
     "weight_macs",
     "whiten",
     "whiten_gram",
+    "wire_bytes",
     "woodbury_scan",
     "woodbury_scan_rank_k",
     "woodtaylor_scores",

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from woodjax.placement import Microbatches, Placement, as_gradients, on_any_axes, placement_of
 from woodjax.probe import check_loss
+from woodjax.remat import rematerialised
 from woodjax.tree import path_name
 from woodjax.typing import ApplyFn, Batch, Gradients, LossFn, Params
 
@@ -38,6 +39,7 @@ def per_example_gradients(
     *,
     microbatch_size: int | None = None,
     examples_per_gradient: int = 1,
+    remat: bool = False,
     check: bool = True,
 ) -> Gradients:
     """Gradient of the loss at every example, by `vmap` in micro-batches.
@@ -54,6 +56,8 @@ def per_example_gradients(
         examples_per_gradient: Average this many consecutive examples `s` into one row
             (WoodFisher's "fisher mini-batch"). The Fisher of such rows is about `1/s` of the
             per-example Fisher, so the same damping then damps `s` times more.
+        remat: Compute activations again in the backward pass, piece by piece, in place of holding them all: less
+            memory for one more forward pass. Of a `lax.scan`, what one step holds.
         check: Look for dropout, train-mode batch normalisation and impure losses first.
 
     Returns:
@@ -79,7 +83,7 @@ def per_example_gradients(
     rows = group_examples(batch, examples_per_gradient)
     if check:
         check_loss(loss_fn, params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch))
-    return _map_rows(LossRow(loss_fn, examples_per_gradient > 1), params, rows, microbatch_size)
+    return _map_rows(LossRow(loss_fn, examples_per_gradient > 1, remat=remat), params, rows, microbatch_size)
 
 
 @on_any_axes
@@ -255,10 +259,11 @@ class LossRow:
     loss_fn: LossFn
     grouped: bool
     signed: bool = False
+    remat: bool = False  # activations are computed again in the backward pass
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Bound arrays, and what is static."""
-        kind = (self.grouped, self.signed)
+        kind = (self.grouped, self.signed, self.remat)
         bound = isinstance(self.loss_fn, jax.tree_util.Partial)
         return ((self.loss_fn,), (None, *kind)) if bound else ((), (self.loss_fn, *kind))
 
@@ -270,13 +275,14 @@ class LossRow:
 
     def loss(self, params: Params, row: Batch) -> Float[Array, ""]:
         """Loss of the row."""
+        loss_fn = rematerialised(self.loss_fn) if self.remat else self.loss_fn
         if not self.grouped:
-            return self.loss_fn(params, row)
+            return loss_fn(params, row)
         if self.signed:
             examples, signs = row
-            losses = jax.vmap(self.loss_fn, in_axes=(None, 0))(params, examples)
+            losses = jax.vmap(loss_fn, in_axes=(None, 0))(params, examples)
             return jnp.dot(signs.astype(losses.dtype), losses) / math.sqrt(signs.size)
-        return jnp.mean(jax.vmap(self.loss_fn, in_axes=(None, 0))(params, row))
+        return jnp.mean(jax.vmap(loss_fn, in_axes=(None, 0))(params, row))
 
     def __call__(self, params: Params, row: Batch) -> Params:
         """Gradient of the row."""

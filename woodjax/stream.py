@@ -203,6 +203,7 @@ def stream_gradients(
     microbatch_size: int = 64,
     examples_per_gradient: int = 1,
     signs: Key[Array, ""] | None = None,
+    remat: bool = False,
     check: bool = True,
 ) -> GradientStream:
     """Per-example gradients for a curvature that does not need to hold them.
@@ -215,11 +216,12 @@ def stream_gradients(
         params: A params-tree of floating leaves.
         batch: Examples stacked along the first axis of every leaf, `[n, ...]`.
         masks: False takes a coordinate out of the problem: its gradient is zero.
-        microbatch_size: Rows computed at once.
+        microbatch_size: Rows computed at once; `microbatch_for` finds as many as a budget takes.
         examples_per_gradient: Average this many consecutive examples `s` into one row.
         signs: Add the examples of a row up with random signs, over `√s`, in place of averaging them: rows of as many
             examples as there are in the pool, at the price of a few, whose Fisher is in expectation that of single
             examples, to be damped like it. Their mean gradient is of no use.
+        remat: Compute activations again in the backward pass in place of holding them, as in `per_example_gradients`.
         check: Look for dropout, train-mode batch normalisation and impure losses first.
 
     Returns:
@@ -256,7 +258,7 @@ def stream_gradients(
     if signed:
         rows = batch_size(batch) // examples_per_gradient
         drawn = jax.random.rademacher(signs, (rows, examples_per_gradient), jnp.float32)
-    loss_row = LossRow(loss_fn, examples_per_gradient > 1, signed)
+    loss_row = LossRow(loss_fn, examples_per_gradient > 1, signed, remat)
     return GradientStream(params, batch, masks, drawn, loss_row, microbatch_size, examples_per_gradient)
 
 

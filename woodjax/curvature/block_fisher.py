@@ -62,10 +62,10 @@ class BlockFisher(Blocked):
     damping: Float[Array, " nb"]  # as used: raised where a factor failed
     raised: Int[Array, ""]  # blocks where it was raised
 
-    def shard_specs(self) -> "BlockFisher":
+    def shard_specs(self) -> Self:
         """All is split along the blocks."""
         blocks = self.layout.spread(0)
-        return BlockFisher(self.layout, blocks, blocks, PartitionSpec())
+        return replace(self, inverse=blocks, damping=blocks, raised=PartitionSpec())
 
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:
         """Read the diagonals."""
@@ -158,7 +158,8 @@ class BlockSums(Accumulator):
     def add_gradients(self, gradients: Gradients, fresh: Bool[Array, " k"] | None = None) -> Self:
         """As `add_rows`; sums travel between devices, not rows, where there are fewer numbers in them."""
         layout, k = self.layout, jax.tree.leaves(gradients)[0].shape[0]
-        if not isinstance(layout, ShardedLayout) or k <= layout.block_size:
+        # Of a weight, b numbers travel in sums, and as many as a device has rows in gradients.
+        if not isinstance(layout, ShardedLayout) or k <= layout.block_size * layout.row_devices:
             return super().add_gradients(gradients, fresh)
         if fresh is not None:
             gradients = jax.tree.map(lambda g: jnp.where(fresh.reshape(-1, *(1,) * (g.ndim - 1)), g, 0), gradients)

@@ -60,9 +60,9 @@ class DiagonalFisher(Blocked):
         """`h·v`."""
         return blocks * self.blocks
 
-    def shard_specs(self) -> "DiagonalFisher":
+    def shard_specs(self) -> Self:
         """Split along the columns."""
-        return DiagonalFisher(self.layout, self.layout.spread(int(self.layout.whole)), PartitionSpec())
+        return replace(self, blocks=self.layout.spread(int(self.layout.whole)), damping=PartitionSpec())
 
     def block_compensate(
         self,

@@ -54,14 +54,14 @@ class LowRankFisher(Blocked):
         """`λ` of each block, as used: raised where a factor failed."""
         return self.whitener.damping
 
-    def shard_specs(self) -> "LowRankFisher":
+    def shard_specs(self) -> Self:
         """Gradients are split along their columns; the factor of the whole network is on all devices."""
         factors = PartitionSpec() if self.layout.whole else self.layout.spread(0)
-        return LowRankFisher(
-            self.layout,
-            self.layout.spread(1 + self.layout.whole),
-            jax.tree.map(lambda _: factors, self.whitener),
-            PartitionSpec(),
+        return replace(
+            self,
+            gradients=self.layout.spread(1 + self.layout.whole),
+            whitener=jax.tree.map(lambda _: factors, self.whitener),
+            raised=PartitionSpec(),
         )
 
     def block_inverse_diagonal(self) -> Float[Array, "nb b"]:

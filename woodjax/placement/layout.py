@@ -63,6 +63,11 @@ class ShardedLayout(Layout):
         return sum(share.each for share in self.shares)
 
     @property
+    def row_devices(self) -> int:
+        """Devices that rows of gradients are split over at most."""
+        return max(self.placement.size(share.rows) for share in self.shares)
+
+    @property
     def num_blocks(self) -> int:
         """Number of blocks, padding included."""
         return 1 if self.whole else self.placement.mesh.size * self.own
