@@ -135,7 +135,7 @@ def _prune_layer(
     select: Select,
 ) -> tuple[Hidden, LayerInfo]:
     function = as_partial(layer.apply)
-    params = jax.tree.map(jnp.asarray, layer.load())
+    params = batches.place(layer.load())
     layout = make_layout(params, select=select)
     views = find_kernels(function, params, hidden, layout)
     matrices = {
@@ -149,6 +149,7 @@ def _prune_layer(
     del matrices, moments
     info = _info(number, pruned)
     params, masks = _put_back(params, layout, views, pruned)
+    del pruned
     layer.store(params, masks)
     hidden = batches.map(partial(advance, function, params), hidden)
     check_finite(hidden, "The hidden states that go out, pruned,", "prune less, or look for overflow in the layer.")
@@ -175,6 +176,7 @@ def _moments(
     moments = empty_moments(params, layout, views, groups, diagonal=diagonal)
     for part, rows in batches.cut((hidden, used)):
         moments = add_moments(function, params, part, rows, moments, layout=layout, diagonal=diagonal)
+        jax.block_until_ready(moments)  # or all micro-batches would wait on the device
     finite = jax.device_get({path: jnp.all(jnp.isfinite(moment)) for path, moment in moments.items()})
     if lost := [path for path, value in finite.items() if not value]:
         raise ValueError(f"The second moments of what {lost} read are not finite: look for overflow in the layer.")

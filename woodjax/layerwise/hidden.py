@@ -6,12 +6,13 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, Sharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from woodjax.gradients import batch_size
 from woodjax.layerwise.layers import Hidden
 from woodjax.tree import path_name
+from woodjax.typing import Params
 
 
 class MicroBatches(NamedTuple):
@@ -50,6 +51,20 @@ class MicroBatches(NamedTuple):
                 _check_divides(sharding, count)
         return cls(size, microbatch_size, sharding)
 
+    def place(self, params: Params) -> Params:
+        """Put the parameters of a layer where the micro-batches go.
+
+        Args:
+            params: Arrays of the host, copied to every device of the sharding; those of devices stay as they are.
+
+        Returns:
+            Arrays of devices.
+        """
+        sharding = self.sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, sharding), params)
+
     def cut(self, tree: PyTree) -> Iterator[PyTree]:
         """Put one micro-batch after another on the device.
 
@@ -60,14 +75,21 @@ class MicroBatches(NamedTuple):
         Yields:
             Micro-batches.
         """
-        for start in range(0, self.size, self.microbatch_size):
+
+        def put(start: int) -> PyTree:
             end = min(start + self.microbatch_size, self.size)
 
-            def part(x: np.ndarray, start: int = start, end: int = end) -> np.ndarray:
+            def part(x: np.ndarray) -> np.ndarray:
                 rows = len(x) // self.size
                 return x[rows * start : rows * end]
 
-            yield jax.device_put(jax.tree.map(part, tree), self.sharding)
+            return jax.device_put(jax.tree.map(part, tree), self.sharding)
+
+        ready = put(0)
+        for start in range(self.microbatch_size, self.size, self.microbatch_size):
+            current, ready = ready, put(start)  # the next one travels while this one is computed
+            yield current
+        yield ready
 
     def map(self, function: Callable[[PyTree], PyTree], tree: PyTree) -> PyTree:
         """Apply a function to all micro-batches.

@@ -97,7 +97,7 @@ def squared_output_gradients(
         raise ValueError(f"targets are of {batch_size(targets)} sequences, hidden of {size}: pass targets of each.")
     boundaries = [to_host(hidden)]
     for layer in layers:
-        params, function = jax.tree.map(jnp.asarray, layer.load()), as_partial(layer.apply)
+        params, function = batches.place(layer.load()), as_partial(layer.apply)
         boundaries.append(batches.map(partial(advance, function, params), boundaries[-1]))
         del params
     check_finite(boundaries[-1], "The hidden states behind the last layer", "look for overflow in the layers.")
@@ -144,7 +144,7 @@ def layer_weights(
 def _back_through(
     layer: ResidentLayer, hidden: Hidden, cotangents: Floats, batches: MicroBatches, groups: int, select: Select
 ) -> tuple[Floats, HostWeights]:
-    params, function = jax.tree.map(jnp.asarray, layer.load()), as_partial(layer.apply)
+    params, function = batches.place(layer.load()), as_partial(layer.apply)
     layout = make_layout(params, select=select)
     find_kernels(function, params, hidden, layout)  # raises
     run = partial(_backward, function, params, layout=layout, groups=groups)
