@@ -58,18 +58,19 @@ QUICK = Size(
     {"width": 64, "depth": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 128},
     context=64,
     batch=32,
-    steps=150,
+    steps=100,
     learning_rate=4e-3,
     calibration=64,
     microbatch=32,
 )
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude"},
-    "wanda": {"method": "wanda"},
-    "sparsegpt": {"method": "sweep"},
-    "wanda+fisher": {"method": "wanda", "groups": 4},
-    "row-fisher": {"method": "sweep", "groups": 4},
+METHODS = {  # of prune_layers, and whether it is given gradients of the loss
+    "magnitude": ("magnitude", False),
+    "wanda": ("wanda", False),
+    "wanda+fisher": ("wanda", True),
+    "sparsegpt": ("sweep", False),
+    "row-fisher": ("sweep", True),
 }
+GROUPS = 4  # of output units that share a Fisher
 
 
 def decoder(size: Size, seed: int) -> Decoder:
@@ -166,21 +167,21 @@ def measure(record: Recorder, size: Size, text: TextDataset, seed: int, folder: 
     hidden = embed(model, rows[:, :-1])
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
     common = {"source": text.source, "calibration": size.calibration, "context": size.context, "parameters": parameters}
+    common |= {"steps": size.steps, "groups": GROUPS}
     dense = bits_per_byte(model, host_layers(blocks_of(model)), validation, size.microbatch)
     say = partial(_say, record, seed, common)
     say("dense", None, dense, seconds)
     begin = time.perf_counter()
     layers = host_layers(blocks_of(model))
     options = {"microbatch_size": size.microbatch}
-    gradients = wj.squared_output_gradients(layers, hidden, head_of(model), rows[:, 1:], groups=4, **options)
+    gradients = wj.squared_output_gradients(layers, hidden, head_of(model), rows[:, 1:], groups=GROUPS, **options)
     backward = time.perf_counter() - begin
     targets = [(sparsity, {"sparsity": sparsity}) for sparsity in SPARSITIES] + [("2:4", {"pattern": wj.NM(2, 4)})]
-    for name, chosen in METHODS.items():
-        guided = "groups" in chosen
+    for name, (method, guided) in METHODS.items():
         for target, what in targets:
             layers, begin = host_layers(blocks_of(model)), time.perf_counter()
             how = options | ({"output_gradients": gradients} if guided else {})
-            _, infos = wj.prune_layers(layers, hidden, method=chosen["method"], **what, **how)
+            _, infos = wj.prune_layers(layers, hidden, method=method, **what, **how)
             seconds = time.perf_counter() - begin + (backward if guided else 0)
             expected = 0.5 if target == "2:4" else target
             assert all(abs(info.sparsity - expected) < 1e-4 for info in infos)

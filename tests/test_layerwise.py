@@ -45,7 +45,7 @@ def swept(kernel, rows, weights, options):
 
 
 @pytest.mark.parametrize("options", [{"sparsity": 0.45}, {"pattern": wj.NM(2, 4)}], ids=["unstructured", "2:4"])
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 1000))
 def test_sweep_of_two_layers_is_that_of_the_whole_network(options, seed):
     trees, hidden = network(seed)
@@ -67,7 +67,7 @@ def test_sweep_of_two_layers_is_that_of_the_whole_network(options, seed):
     np.testing.assert_allclose(final, x, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 1000))
 def test_row_fisher_of_groups_of_outputs(seed):
     trees, hidden = network(seed, depth=1)
@@ -88,9 +88,7 @@ def test_row_fisher_of_groups_of_outputs(seed):
 def test_squares_are_those_of_gradients_of_single_tokens(seed):
     trees, hidden = network(seed)
     hidden = hidden[:, :1]  # one token a sequence: its gradient is x δᵀ
-    found = wj.squared_output_gradients(
-        layers_of(trees), hidden, square_loss, 0 * hidden, groups=100, microbatch_size=6
-    )
+    found = wj.squared_output_gradients(layers_of(trees), hidden, square_loss, 0 * hidden, groups=24, microbatch_size=6)
 
     def loss(trees, x):
         for tree in trees:
@@ -104,14 +102,7 @@ def test_squares_are_those_of_gradients_of_single_tokens(seed):
         for name in KERNELS:
             rows = np.stack([matrix(name, g) for g in np.asarray(gradients[number][name])]).astype(float)
             squares = np.sum(rows**2, axis=1) / np.sum(read[name] ** 2, axis=1, keepdims=True)
-            expected = (
-                squares.reshape(len(squares), -1, found.squares[number][name].shape[1]).swapaxes(1, 2).mean(axis=2)
-            )
-            if found.squares[number][name].shape[1] == squares.shape[1]:
-                expected = squares
-            else:  # gcd(100, 8) groups of two
-                expected = squares.reshape(len(squares), -1, squares.shape[1] // 4).mean(axis=2)
-            np.testing.assert_allclose(found.squares[number][name], expected, rtol=5e-3, atol=1e-7)
+            np.testing.assert_allclose(found.squares[number][name], squares, rtol=5e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -169,8 +160,10 @@ EINSUMS = {
 }
 
 
-@pytest.mark.parametrize("wrap", ["plain", "checkpoint", "bfloat16"])
-@pytest.mark.parametrize("name", EINSUMS)
+WRAPPED = [*((name, "plain") for name in EINSUMS), *(("heads", wrap) for wrap in ("checkpoint", "bfloat16"))]
+
+
+@pytest.mark.parametrize(("name", "wrap"), WRAPPED)
 def test_kernels_are_matrices_whatever_their_axes(name, wrap):
     subscripts, shape = EINSUMS[name]
     rng = np.random.default_rng(0)
@@ -200,7 +193,9 @@ def test_kernels_are_matrices_whatever_their_axes(name, wrap):
 class Watched(wj.HostLayer):
     """Notes how much is on the device when it is loaded."""
 
-    held: list[int] = []
+    def __init__(self, tree, held):
+        super().__init__(apply, tree)
+        self.held = held
 
     def load(self):
         self.held.append(sum(array.nbytes for array in jax.live_arrays()))
@@ -210,14 +205,14 @@ class Watched(wj.HostLayer):
 @pytest.mark.parametrize("method", ["sweep", "wanda"])
 def test_one_layer_is_resident_at_a_time(method):
     trees, hidden = network(0, depth=5)
-    layers = [Watched(apply, tree) for tree in trees]
+    held = []
+    layers = [Watched(tree, held) for tree in trees]
     before = sum(array.nbytes for array in jax.live_arrays())
-    Watched.held.clear()
     found = wj.squared_output_gradients(layers, hidden, square_loss, 0 * hidden, microbatch_size=2)
     wj.prune_layers(layers, hidden, sparsity=0.5, method=method, output_gradients=found, microbatch_size=2)
-    assert len(Watched.held) == 15
+    assert len(held) == 15
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(trees[0]))
-    assert max(Watched.held) - before < largest  # not one kernel of another layer, nor its moments
+    assert max(held) - before < largest  # not one kernel of another layer, nor its moments
 
 
 def test_as_many_programs_for_any_depth():
@@ -232,7 +227,7 @@ def test_as_many_programs_for_any_depth():
     assert programs(6) == few
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -245,9 +240,9 @@ def test_a_killed_run_goes_on_to_the_same_bits():
     def save(info, hidden):
         saved.update(start=info.layer + 1, hidden=hidden.copy())
         if info.layer == 1:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         wj.prune_layers(killed, hidden, sparsity=0.5, on_layer=save)
     again, rest = wj.prune_layers(killed, **saved, sparsity=0.5)
     assert rest == infos[2:]
@@ -268,9 +263,9 @@ def test_half_precision_with_moments_in_float32():
         assert info.sparsity == 0.5
         assert all(((layer.params[name] != 0) <= layer.masks[name]).all() for name in KERNELS)
     wide = layers_of([jax.tree.map(lambda w: w.astype(np.float32), tree) for tree in trees])
-    wj.prune_layers(wide, hidden.astype(np.float32), pattern=wj.NM(2, 4))
+    wj.prune_layers(wide, hidden.astype(np.float32), pattern=wj.NM(2, 4), method="wanda")
     plain = layers_of(trees)
-    wj.prune_layers(plain, hidden, pattern=wj.NM(2, 4))
+    wj.prune_layers(plain, hidden, pattern=wj.NM(2, 4), method="wanda")
     agreement = np.mean([(plain[0].masks[name] == wide[0].masks[name]).mean() for name in KERNELS])
     assert agreement > 0.97  # inputs are rounded to eight bits
 
@@ -288,7 +283,8 @@ def test_sequences_on_four_devices(tmp_path):
         for number, layer in enumerate(layers):
             for name, leaf in layer.params.items():
                 np.testing.assert_allclose(arrays[f"{number}/{name}"], leaf, rtol=1e-3, atol=1e-4)
-        assert arrays["programs"] <= 2  # on sums that come from one device, and from all
+        assert arrays["all_reduces"] > 0
+        assert arrays["programs"] == 1
 
 
 def test_hidden_states_may_be_a_tree_with_integers():

@@ -14,7 +14,7 @@ from woodjax.layerwise.kernels import KernelView, find_kernels
 from woodjax.layerwise.layers import Hidden, LayerFn, ResidentLayer, as_partial
 from woodjax.layerwise.moments import Moments, add_moments, advance, empty_moments
 from woodjax.layerwise.output_gradients import HostWeights, OutputGradients, layer_weights
-from woodjax.layerwise.pruning import Method, PrunedKernel, PruneRule, check_kernels, prune_kernel
+from woodjax.layerwise.pruning import Method, PrunedKernel, PruneRule, prune_kernel
 from woodjax.patterns import NM
 from woodjax.tree import Layout, is_kernel, make_layout
 from woodjax.typing import Masks, Params, Select
@@ -138,17 +138,15 @@ def _prune_layer(
     params = batches.place(layer.load())
     layout = make_layout(params, select=select)
     views = find_kernels(function, params, hidden, layout)
-    matrices = {
-        spec.path: views[spec.path].to_matrix(leaf)
+    _check_pattern(layout, views, rule.pattern)
+    moments = _moments(function, params, hidden, batches, weights, layout, views, rule.method)
+    pruned = {
+        spec.path: prune_kernel(leaf, views[spec.path], moments.pop(spec.path, None), rule)
         for spec, leaf in zip(layout.leaves, jax.tree.leaves(params), strict=True)
         if spec.selected
     }
-    check_kernels(matrices, rule.pattern)
-    moments = _moments(function, params, hidden, batches, weights, layout, views, rule.method)
-    pruned = {path: prune_kernel(w, moments.get(path), rule) for path, w in matrices.items()}
-    del matrices, moments
     info = _info(number, pruned)
-    params, masks = _put_back(params, layout, views, pruned)
+    params, masks = _put_back(params, layout, pruned)
     del pruned
     layer.store(params, masks)
     hidden = batches.map(partial(advance, function, params), hidden)
@@ -173,38 +171,43 @@ def _moments(
         raise ValueError(f"output_gradients have nothing for the kernels {lost}: make them with the same select=.")
     used = None if weights is None else {path: weights[path] for path in views}
     groups = {path: 1 if used is None else used[path].shape[1] for path in views}
-    moments = empty_moments(params, layout, views, groups, diagonal=diagonal)
+    moments = empty_moments(params, layout, views, groups, diagonal=diagonal, device=batches.everywhere)
     for part, rows in batches.cut((hidden, used)):
         moments = add_moments(function, params, part, rows, moments, layout=layout, diagonal=diagonal)
         jax.block_until_ready(moments)  # or all micro-batches would wait on the device
-    finite = jax.device_get({path: jnp.all(jnp.isfinite(moment)) for path, moment in moments.items()})
-    if lost := [path for path, value in finite.items() if not value]:
-        raise ValueError(f"The second moments of what {lost} read are not finite: look for overflow in the layer.")
     return moments
 
 
-def _put_back(
-    params: Params, layout: Layout, views: dict[str, KernelView], pruned: dict[str, PrunedKernel]
-) -> tuple[Params, Masks]:
+def _check_pattern(layout: Layout, views: dict[str, KernelView], pattern: NM | None) -> None:
+    for spec in layout.selected:
+        inputs, _ = views[spec.path].matrix_shape(spec.shape)
+        if pattern is not None and inputs % pattern.m:
+            raise ValueError(
+                f"Kernel '{spec.path}' reads {inputs} inputs, no multiple of {pattern.m} for {pattern.n}:{pattern.m}: "
+                "leave it out by select=."
+            )
+
+
+def _put_back(params: Params, layout: Layout, pruned: dict[str, PrunedKernel]) -> tuple[Params, Masks]:
     leaves, masks = [], []
     for spec, leaf in zip(layout.leaves, jax.tree.leaves(params), strict=True):
-        if spec.selected:
-            found = pruned[spec.path]
-            leaves.append(views[spec.path].to_leaf(found.kernel, leaf))
-            masks.append(views[spec.path].to_leaf(found.mask, leaf))
-        else:
-            leaves.append(leaf)
-            masks.append(jnp.ones(spec.shape, bool))
+        leaves.append(pruned[spec.path].kernel if spec.selected else leaf)
+        masks.append(pruned[spec.path].mask if spec.selected else jnp.ones(spec.shape, bool))
     return jax.tree.unflatten(layout.treedef, leaves), jax.tree.unflatten(layout.treedef, masks)
 
 
 def _info(number: int, pruned: dict[str, PrunedKernel]) -> LayerInfo:
-    kept = jax.device_get({path: jnp.sum(found.mask) for path, found in pruned.items()})
     sizes = {path: found.mask.size for path, found in pruned.items()}
+    known = jax.device_get({path: found[2:] for path, found in pruned.items()})
+    kept = {path: int(count) for path, (count, *_) in known.items()}
+    if lost := [path for path, (_, finite, *_) in known.items() if not finite[0]]:
+        raise ValueError(f"Kernels {lost} hold NaN or infinities: look for a training that diverged.")
+    if lost := [path for path, (_, finite, *_) in known.items() if not finite[1]]:
+        raise ValueError(f"The second moments of what {lost} read are not finite: look for overflow in the layer.")
     return LayerInfo(
         number,
-        1 - sum(map(int, kept.values())) / sum(sizes.values()),
-        {path: int(kept[path]) / sizes[path] for path in pruned},
-        {path: float(jnp.max(found.damping)) for path, found in pruned.items() if found.damping is not None},
-        {path: float(found.error) for path, found in pruned.items() if found.error is not None},
+        1 - sum(kept.values()) / sum(sizes.values()),
+        {path: kept[path] / sizes[path] for path in pruned},
+        {path: float(damping.max()) for path, (*_, damping, _) in known.items() if damping is not None},
+        {path: float(error) for path, (*_, error) in known.items() if error is not None},
     )

@@ -51,6 +51,13 @@ class MicroBatches(NamedTuple):
                 _check_divides(sharding, count)
         return cls(size, microbatch_size, sharding)
 
+    @property
+    def everywhere(self) -> Sharding | None:
+        """Where a copy is on every device that has sequences."""
+        if isinstance(self.sharding, NamedSharding):
+            return NamedSharding(self.sharding.mesh, PartitionSpec())
+        return self.sharding
+
     def place(self, params: Params) -> Params:
         """Put the parameters of a layer where the micro-batches go.
 
@@ -60,10 +67,7 @@ class MicroBatches(NamedTuple):
         Returns:
             Arrays of devices.
         """
-        sharding = self.sharding
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, sharding), params)
+        return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, self.everywhere), params)
 
     def cut(self, tree: PyTree) -> Iterator[PyTree]:
         """Put one micro-batch after another on the device.

@@ -20,6 +20,11 @@ class KernelView(NamedTuple):
 
     axes: tuple[int, ...]  # that are summed over, in ascending order: the inputs
 
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Inputs and outputs of a leaf of this shape."""
+        inputs = math.prod(shape[axis] for axis in self.axes)
+        return inputs, math.prod(shape) // inputs
+
     def to_matrix(self, leaf: Float[Array, "..."]) -> Float[Array, "in out"]:
         """The leaf as a matrix, in its own dtype."""
         moved = jnp.moveaxis(leaf, self.axes, range(len(self.axes)))

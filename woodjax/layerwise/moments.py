@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
 from woodjax import linalg
@@ -18,7 +19,13 @@ Weights = dict[str, Float[Array, "rows groups"]]  # by the path of the kernel
 
 
 def empty_moments(
-    params: Params, layout: Layout, views: dict[str, KernelView], groups: dict[str, int], *, diagonal: bool
+    params: Params,
+    layout: Layout,
+    views: dict[str, KernelView],
+    groups: dict[str, int],
+    *,
+    diagonal: bool,
+    device: Sharding | None,
 ) -> Moments:
     """Sums before any data.
 
@@ -28,6 +35,7 @@ def empty_moments(
         views: From `find_kernels`.
         groups: How many moments each kernel has.
         diagonal: Only the diagonals.
+        device: Where; None for the default device.
 
     Returns:
         Zeros, at least float32.
@@ -38,8 +46,9 @@ def empty_moments(
     moments: Moments = {}
     dtype = wide_dtype(params)
     for spec in layout.selected:
-        inputs = jax.eval_shape(views[spec.path].to_matrix, jax.ShapeDtypeStruct(spec.shape, dtype)).shape[0]
-        moments[spec.path] = jnp.zeros((groups[spec.path], inputs) + (() if diagonal else (inputs,)), dtype)
+        inputs, _ = views[spec.path].matrix_shape(spec.shape)
+        shape = (groups[spec.path], inputs) + (() if diagonal else (inputs,))
+        moments[spec.path] = jnp.zeros(shape, dtype, device=device)
     return moments
 
 

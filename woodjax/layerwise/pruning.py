@@ -5,12 +5,14 @@ from typing import Literal, NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.column_sweep import SweptKernel, column_sweep
 from woodjax.curvature.damping import Damping, Relative, check_damping
+from woodjax.layerwise.kernels import KernelView
 from woodjax.masks import ExactSparsity, check_sparsity, exact_sparsity, prune_count
 from woodjax.patterns import NM
 from woodjax.ranking import lowest
@@ -21,8 +23,10 @@ Method = Literal["magnitude", "wanda", "sweep"]
 class PrunedKernel(NamedTuple):
     """What a method leaves of a kernel."""
 
-    kernel: Float[Array, "in out"]  # exactly zero where pruned
-    mask: Bool[Array, "in out"]  # True = survives
+    kernel: Float[Array, "..."]  # in the shape and dtype of the leaf, exactly zero where pruned
+    mask: Bool[Array, "..."]  # True = survives
+    kept: Int[Array, ""]
+    finite: Bool[Array, "2"]  # were the kernel and the moments?
     damping: Float[Array, " groups"] | None  # as used
     error: Float[Array, ""] | None  # of the outputs: squared, relative
 
@@ -82,125 +86,104 @@ class PruneRule(NamedTuple):
         return cls(method, None if sparsity is None else float(sparsity), pattern, number, block_size)
 
 
-def check_kernels(matrices: dict[str, Float[Array, "in out"]], pattern: NM | None) -> None:
-    """Raise unless the kernels can be pruned.
-
-    Args:
-        matrices: By path.
-        pattern: To be followed, or None.
-
-    Raises:
-        ValueError: NaN or infinities; inputs that the pattern does not divide.
-    """
-    finite = jax.device_get({path: jnp.all(jnp.isfinite(w)) for path, w in matrices.items()})
-    if lost := [path for path, value in finite.items() if not value]:
-        raise ValueError(f"Kernels {lost} hold NaN or infinities: look for a training that diverged.")
-    for path, matrix in matrices.items():
-        if pattern is not None and matrix.shape[0] % pattern.m:
-            raise ValueError(
-                f"Kernel '{path}' reads {matrix.shape[0]} inputs, no multiple of {pattern.m} for {pattern.n}:"
-                f"{pattern.m}: leave it out by select=."
-            )
-
-
 def prune_kernel(
-    kernel: Float[Array, "in out"], moments: Float[Array, "groups in ..."] | None, rule: PruneRule
+    leaf: Float[Array, "..."], view: KernelView, moments: Float[Array, "groups in ..."] | None, rule: PruneRule
 ) -> PrunedKernel:
     """Prune a kernel.
 
     Args:
-        kernel: `W [in, out]`.
+        leaf: The kernel `W`.
+        view: How it is a matrix `[in, out]`.
         moments: `Σ s x xᵀ` for each group of neighbouring output units; for Wanda their diagonals, for magnitude None.
         rule: How.
 
     Returns:
-        The kernel in its own dtype; `round(sparsity · in · out)` weights are gone.
+        The kernel, of which `round(sparsity · in · out)` weights are gone.
 
     Cost:
         The sweep: `groups · in³ + in² · out` flops. The others: 33 passes.
     """
-    method, sparsity, pattern, damping, block_size = rule
-    inputs, outputs = kernel.shape
-    if method == "sweep" and moments is not None:
-        groups = moments.shape[0]
-        fractions = None
-        if sparsity is not None:
-            size = inputs * outputs // groups
-            counts = jax.device_get(_differences(sparsity, groups, size))
-            exact = [exact_sparsity(int(count) / size) for count in counts]
-            fractions = jax.tree.map(lambda *x: jnp.asarray(x), *exact)
-        return _sweep(kernel, moments, fractions, damping=damping, pattern=pattern, block_size=block_size)
-    if pattern is not None:
-        return _cut_pattern(kernel, moments, pattern=pattern)
-    rows, size = (outputs, inputs) if method == "wanda" else (1, inputs * outputs)  # that are ranked by themselves
-    return _cut(kernel, moments, _differences(sparsity or 0.0, rows, size))
+    inputs, outputs = view.matrix_shape(leaf.shape)
+    rows = {"sweep": 1 if moments is None else len(moments), "wanda": outputs, "magnitude": 1}[rule.method]
+    counts = None
+    if rule.sparsity is not None:  # as even over the rows as whole numbers can be; together those of the whole
+        ends = prune_count(rule.sparsity, jnp.arange(rows + 1) * (inputs * outputs // rows))
+        counts = np.diff(np.asarray(ends))
+    static = rule._replace(sparsity=None)  # another sparsity is not another program
+    if rule.method != "sweep" or moments is None:
+        return _cut(leaf, moments, counts, view=view, rule=static)
+    fractions = None
+    if counts is not None:
+        exact = [exact_sparsity(int(count) * rows / (inputs * outputs)) for count in counts]
+        heads, tails = zip(*exact, strict=True)
+        fractions = ExactSparsity(jnp.array(heads, jnp.int32), jnp.array(tails, jnp.float32))
+    return _sweep(leaf, moments, fractions, view=view, rule=static)
 
 
-def _differences(sparsity: float, rows: int, size: int) -> Int[Array, " rows"]:
-    # As even as whole numbers can be; together those of the whole.
-    return jnp.diff(prune_count(sparsity, jnp.arange(1, rows + 1) * size), prepend=0)
-
-
-@partial(jax.jit, static_argnames=("damping", "pattern", "block_size"))
+@partial(jax.jit, static_argnames=("view", "rule"))
 def _sweep(
-    kernel: Float[Array, "in out"],
+    leaf: Float[Array, "..."],
     moments: Float[Array, "groups in in"],
     fractions: ExactSparsity | None,
     *,
-    damping: Relative | float,
-    pattern: NM | None,
-    block_size: int,
+    view: KernelView,
+    rule: PruneRule,
 ) -> PrunedKernel:
+    kernel = view.to_matrix(leaf)
     groups, inputs, _ = moments.shape
     parts = jnp.moveaxis(kernel.reshape(inputs, groups, -1), 1, 0)
-    options = {"pattern": None if pattern is None else (pattern.n, pattern.m), "block_size": block_size}
+    pattern = None if rule.pattern is None else (rule.pattern.n, rule.pattern.m)
 
     def one(group: tuple[Array, Array, ExactSparsity | None]) -> tuple[SweptKernel, Array, Array]:
         part, hessian, fraction = group
-        swept = column_sweep(part, hessian, sparsity=fraction, damping=damping, **options)
+        options = {"sparsity": fraction, "damping": rule.damping, "block_size": rule.block_size}
+        swept = column_sweep(part, hessian, pattern=pattern, **options)
         change = (swept.kernel - part).astype(hessian.dtype)
         return swept, _energy(change, hessian), _energy(part.astype(hessian.dtype), hessian)
 
     # One after another: a factorisation is all that a device wants to hold.
     swept, lost, whole = lax.map(one, (parts, moments, fractions))
     error = jnp.sum(lost) / jnp.maximum(jnp.sum(whole), jnp.finfo(lost.dtype).tiny)
-    kernel, mask = (jnp.moveaxis(x, 0, 1).reshape(kernel.shape) for x in swept[:2])
-    return PrunedKernel(kernel, mask, swept.damping, error)
+    moved, mask = (jnp.moveaxis(x, 0, 1).reshape(kernel.shape) for x in swept[:2])
+    return _pruned(leaf, moved, mask, moments, view)._replace(damping=swept.damping, error=error)
 
 
 def _energy(change: Float[Array, "in out"], hessian: Float[Array, "in in"]) -> Float[Array, ""]:
     return jnp.sum(change * linalg.contract("ij,jo->io", hessian, change))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("view", "rule"))
 def _cut(
-    kernel: Float[Array, "in out"], squares: Float[Array, "groups in"] | None, counts: Int[Array, " rows"]
+    leaf: Float[Array, "..."],
+    squares: Float[Array, "groups in"] | None,
+    counts: Int[Array, " rows"] | None,
+    *,
+    view: KernelView,
+    rule: PruneRule,
 ) -> PrunedKernel:
-    scores = _scores(kernel, squares)
-    if len(counts) == 1:
-        (pruned,) = lowest([scores.reshape(1, -1)], [counts])
-        return _without(kernel, pruned.reshape(kernel.shape))
-    (pruned,) = lowest([scores.T], [counts])
-    return _without(kernel, pruned.T)
-
-
-@partial(jax.jit, static_argnames="pattern")
-def _cut_pattern(
-    kernel: Float[Array, "in out"], squares: Float[Array, "groups in"] | None, *, pattern: NM
-) -> PrunedKernel:
-    inputs, outputs = kernel.shape
-    runs = jnp.moveaxis(_scores(kernel, squares).reshape(-1, pattern.m, outputs), 1, 2).reshape(-1, pattern.m)
-    (pruned,) = lowest([runs], [jnp.full(len(runs), pattern.m - pattern.n)])
-    return _without(kernel, jnp.moveaxis(pruned.reshape(-1, outputs, pattern.m), 1, 2).reshape(inputs, outputs))
-
-
-def _scores(kernel: Float[Array, "in out"], squares: Float[Array, "groups in"] | None) -> Float[Array, "in out"]:
+    kernel = view.to_matrix(leaf)
     scores = jnp.abs(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
-    if squares is None:
-        return scores
-    norms = jnp.sqrt(squares).astype(scores.dtype).T
-    return scores * jnp.repeat(norms, kernel.shape[1] // norms.shape[1], axis=1)
+    if squares is not None:
+        norms = jnp.sqrt(squares).astype(scores.dtype).T
+        scores = scores * jnp.repeat(norms, kernel.shape[1] // norms.shape[1], axis=1)
+    if rule.pattern is not None:
+        n, m = rule.pattern.n, rule.pattern.m
+        runs = jnp.moveaxis(scores.reshape(-1, m, kernel.shape[1]), 1, 2)
+        (pruned,) = lowest([runs.reshape(-1, m)], [jnp.full(kernel.size // m, m - n)])
+        pruned = jnp.moveaxis(pruned.reshape(runs.shape), 2, 1).reshape(kernel.shape)
+    elif rule.method == "wanda":
+        (pruned,) = lowest([scores.T], [jnp.asarray(counts)])
+        pruned = pruned.T
+    else:
+        (pruned,) = lowest([view.to_leaf(scores, leaf).reshape(1, -1)], [jnp.asarray(counts)])
+        pruned = view.to_matrix(pruned.reshape(leaf.shape))
+    return _pruned(leaf, jnp.where(pruned, 0, kernel), ~pruned, squares, view)
 
 
-def _without(kernel: Float[Array, "in out"], pruned: Bool[Array, "in out"]) -> PrunedKernel:
-    return PrunedKernel(jnp.where(pruned, 0, kernel), ~pruned, None, None)
+def _pruned(
+    leaf: Array, kernel: Float[Array, "in out"], mask: Bool[Array, "in out"], moments: Array | None, view: KernelView
+) -> PrunedKernel:
+    sound = jnp.array(True) if moments is None else jnp.all(jnp.isfinite(moments))
+    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)), sound])
+    kept = jnp.sum(mask, dtype=jnp.int32)
+    return PrunedKernel(view.to_leaf(kernel, leaf), view.to_leaf(mask, leaf), kept, finite, None, None)
