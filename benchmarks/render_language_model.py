@@ -52,11 +52,11 @@ def readme_table(records: list[Record]) -> str:
     config, seeds = first["config"], len({r["seed"] for r in records})
     dense = _cell(_values(records, "bits_per_byte", method="dense"))
     perplexity = _cell(_values(records, "perplexity_per_byte", method="dense"))
+    trained = f"{config['parameters'] / 1e6:.1f} million parameters, trained for {config['steps']} steps"
+    data = f"{config['calibration']} calibration sequences of {config['context']} bytes"
     lines = [
-        f"Bits a byte on held-out text: {first['network']}, {config['parameters'] / 1e6:.1f} million parameters, trained "
-        f"for {config['steps']} steps on {first['dataset']} ({config['source']}); {config['calibration']} calibration "
-        f"sequences of {config['context']} bytes; {seeds} seed{'s' if seeds > 1 else ''}. Dense: {dense} (perplexity "
-        f"{perplexity} a byte).",
+        f"Bits a byte on held-out text: {first['network']}, {trained} on {first['dataset']} ({config['source']}); {data}; "
+        f"{seeds} seed{'s' if seeds > 1 else ''}. Dense: {dense}, a perplexity of {perplexity} a byte.",
         "",
         *_grid(records, "bits_per_byte"),
     ]

@@ -251,6 +251,32 @@ def test_a_killed_run_goes_on_to_the_same_bits():
         jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
 
 
+def test_layers_in_files(tmp_path):
+    trees, hidden = network(7, depth=3)
+    for number, tree in enumerate(trees):
+        wj.save_arrays(tmp_path / f"{number}.safetensors", tree)
+    names = [[tmp_path / f"{i}{end}.safetensors" for end in ("", "-pruned", "-masks")] for i in range(3)]
+    whole, files = layers_of(trees), [wj.LayerFile(apply, *paths) for paths in names]
+    wj.prune_layers(whole, hidden, sparsity=0.5)
+
+    def kill(info, hidden):
+        np.save(tmp_path / "hidden.npy", hidden)
+        if info.layer == 0:
+            files[1].source.rename(tmp_path / "away")  # the run ends at layer 1
+
+    with pytest.raises(FileNotFoundError):
+        wj.prune_layers(files, hidden, sparsity=0.5, on_layer=kill)
+    (tmp_path / "away").rename(files[1].source)
+    start = sum(layer.destination.exists() for layer in files)
+    assert start == 1
+    wj.prune_layers(files, np.load(tmp_path / "hidden.npy"), sparsity=0.5, start=start)
+    for layer, file in zip(whole, files, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, layer.params, wj.load_arrays(file.destination)[0])
+        jax.tree.map(np.testing.assert_array_equal, layer.masks, wj.load_masks(file.masks))
+    with pytest.raises(ValueError, match="source and destination are both"):
+        wj.LayerFile(apply, "a.safetensors", "./a.safetensors")
+
+
 def test_half_precision_with_moments_in_float32():
     trees, hidden = network(1, dtype=jnp.bfloat16)
     layers = layers_of(trees)

@@ -60,6 +60,7 @@ from woodjax.curvature import (
     streamed_fisher,
 )
 from woodjax.deployment import (
+    LayerFile,
     Measurement,
     Measurements,
     PackedNM,
@@ -222,6 +223,7 @@ __all__ = [
     "InitCriterion",
     "InputMoments",
     "KroneckerFisher",
+    "LayerFile",
     "LayerInfo",
     "LayerInputHessian",
     "Layout",
