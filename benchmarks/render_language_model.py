@@ -54,8 +54,9 @@ def readme_table(records: list[Record]) -> str:
     perplexity = _cell(_values(records, "perplexity_per_byte", method="dense"))
     trained = f"{config['parameters'] / 1e6:.1f} million parameters, trained for {config['steps']} steps"
     data = f"{config['calibration']} calibration sequences of {config['context']} bytes"
+    text = f"{first['dataset']} ({config['source']})"
     lines = [
-        f"Bits a byte on held-out text: {first['network']}, {trained} on {first['dataset']} ({config['source']}); {data}; "
+        f"Bits a byte on held-out text: {first['network']}, {trained} on {text}; {data}; "
         f"{seeds} seed{'s' if seeds > 1 else ''}. Dense: {dense}, a perplexity of {perplexity} a byte.",
         "",
         *_grid(records, "bits_per_byte"),
