@@ -27,7 +27,14 @@ from woodjax.adapters.nnx import host_layers
 from woodjax.datasets import TextDataset, load_text
 from woodjax.models import Decoder
 
-SPARSITIES = (0.5, 0.6, 0.7)
+METHODS = {  # of prune_layers, and whether it is given gradients of the loss
+    "magnitude": ("magnitude", False),
+    "wanda": ("wanda", False),
+    "wanda+fisher": ("wanda", True),
+    "sparsegpt": ("sweep", False),
+    "row-fisher": ("sweep", True),
+}
+GROUPS = 4  # of output units that share a Fisher
 
 
 class Size(NamedTuple):
@@ -41,6 +48,8 @@ class Size(NamedTuple):
     learning_rate: float
     calibration: int  # sequences
     microbatch: int
+    sparsities: tuple[float, ...]
+    methods: tuple[str, ...] = tuple(METHODS)
 
 
 FULL = Size(
@@ -52,6 +61,7 @@ FULL = Size(
     learning_rate=2e-3,
     calibration=256,
     microbatch=32,
+    sparsities=(0.5, 0.6, 0.7),
 )
 QUICK = Size(
     "decoder-2x64",
@@ -62,15 +72,9 @@ QUICK = Size(
     learning_rate=4e-3,
     calibration=64,
     microbatch=32,
+    sparsities=(0.5,),
+    methods=("magnitude", "wanda", "sparsegpt", "row-fisher"),
 )
-METHODS = {  # of prune_layers, and whether it is given gradients of the loss
-    "magnitude": ("magnitude", False),
-    "wanda": ("wanda", False),
-    "wanda+fisher": ("wanda", True),
-    "sparsegpt": ("sweep", False),
-    "row-fisher": ("sweep", True),
-}
-GROUPS = 4  # of output units that share a Fisher
 
 
 def decoder(size: Size, seed: int) -> Decoder:
@@ -176,8 +180,9 @@ def measure(record: Recorder, size: Size, text: TextDataset, seed: int, folder: 
     options = {"microbatch_size": size.microbatch}
     gradients = wj.squared_output_gradients(layers, hidden, head_of(model), rows[:, 1:], groups=GROUPS, **options)
     backward = time.perf_counter() - begin
-    targets = [(sparsity, {"sparsity": sparsity}) for sparsity in SPARSITIES] + [("2:4", {"pattern": wj.NM(2, 4)})]
-    for name, (method, guided) in METHODS.items():
+    targets = [(sparsity, {"sparsity": sparsity}) for sparsity in size.sparsities] + [("2:4", {"pattern": wj.NM(2, 4)})]
+    for name in size.methods:
+        method, guided = METHODS[name]
         for target, what in targets:
             layers, begin = host_layers(blocks_of(model)), time.perf_counter()
             how = options | ({"output_gradients": gradients} if guided else {})
