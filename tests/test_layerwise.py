@@ -26,6 +26,10 @@ from woodjax.models import gqa_nano
 JOB = Path(__file__).with_name("layerwise_job.py")
 
 
+def only_down(path, leaf):
+    return path == "down"
+
+
 def swept(kernel, rows, weights, options):
     """SparseGPT on one kernel with one damped Hessian for each group of outputs."""
     groups, total = weights.shape[1], kernel.size
@@ -72,12 +76,13 @@ def test_sweep_of_two_layers_is_that_of_the_whole_network(options, seed):
 def test_row_fisher_of_groups_of_outputs(seed):
     trees, hidden = network(seed, depth=1)
     layers, targets = layers_of(trees), np.ones_like(hidden)
-    found = wj.squared_output_gradients(layers, hidden, square_loss, targets, groups=4, microbatch_size=6)
+    options = {"select": only_down, "microbatch_size": 6}
+    found = wj.squared_output_gradients(layers, hidden, square_loss, targets, groups=4, **options)
     outputs, read = reference(trees[0], hidden)
     delta = 0.7 * (outputs - targets).reshape(-1, WIDTH)
     weights = (delta**2).reshape(len(delta), 4, -1).mean(axis=2)
     np.testing.assert_allclose(found.squares[0]["down"], weights, rtol=2e-3, atol=1e-6)
-    wj.prune_layers(layers, hidden, sparsity=0.5, output_gradients=found, microbatch_size=6)
+    wj.prune_layers(layers, hidden, sparsity=0.5, output_gradients=found, **options)
     kernel, mask = swept(matrix("down", trees[0]["down"]).astype(float), read["down"], weights, {"sparsity": 0.5})
     np.testing.assert_array_equal(layers[0].masks["down"], mask)
     np.testing.assert_allclose(layers[0].params["down"], kernel, atol=5e-3 * np.abs(kernel).max())
@@ -219,8 +224,9 @@ def test_as_many_programs_for_any_depth():
     def programs(depth):
         trees, hidden = network(0, depth=depth)
         layers = layers_of(trees)
-        found = wj.squared_output_gradients(layers, hidden, square_loss, 0 * hidden, groups=2, microbatch_size=3)
-        wj.prune_layers(layers, hidden, pattern=wj.NM(2, 4), output_gradients=found, microbatch_size=3)
+        options = {"select": only_down, "microbatch_size": 3}
+        found = wj.squared_output_gradients(layers, hidden, square_loss, 0 * hidden, groups=2, **options)
+        wj.prune_layers(layers, hidden, pattern=wj.NM(2, 4), output_gradients=found, **options)
         return [function._cache_size() for function in (add_moments, advance, _sweep, _backward)]
 
     few = programs(1)
@@ -336,7 +342,7 @@ def test_blocks_of_a_flax_decoder():
     blocks = [model.blocks_0, model.blocks_1]
     layers = host_layers(blocks)
     assert layers[0].apply == layers[1].apply
-    final, infos = wj.prune_layers(layers, hidden, pattern=wj.NM(2, 4))
+    final, infos = wj.prune_layers(layers, hidden, pattern=wj.NM(2, 4), method="wanda")
     assert sorted(infos[1].density) == [
         *(f"attention/{name}/kernel" for name in ("key", "out", "query", "value")),
         *(f"mlp/{name}/kernel" for name in ("down", "gate", "up")),
