@@ -1,7 +1,7 @@
 """Tables and pictures from records: `python benchmarks/render.py RECORDS.jsonl ...`.
 
 Writes `NAME.md` and `NAME.png` beside each file of records, and the table between the marks
-`<!-- NAME -->` and `<!-- end NAME -->` of the README, where it has them.
+`<!-- NAME -->` and `<!-- end NAME -->` of the README and the pages of `docs/`, where they have them.
 """
 
 import sys
@@ -15,6 +15,7 @@ import render_diagonals
 import render_engines
 import render_gradual
 import render_inverse_quality
+import render_language_model
 import render_limited_data
 import render_overhead
 import render_pai
@@ -32,12 +33,14 @@ OTHERS = {
     "engines": render_engines,
     "gradual": render_gradual,
     "inverse_quality": render_inverse_quality,
+    "language_model": render_language_model,
     "limited_data": render_limited_data,
     "pai": render_pai,
     "structured": render_structured,
     "transform_overhead": render_overhead,
 }
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def values(records: list[Record], method: str, sparsity: float, metric: str) -> list[float]:
@@ -66,13 +69,14 @@ def readme_table(records: list[Record], levels: list[float]) -> str:
     return "\n".join(lines)
 
 
-def update_readme(name: str, text: str) -> None:
-    """Put a table between its marks."""
+def update_marks(name: str, text: str) -> None:
+    """Put a table between its marks, in the README and in the documentation."""
     start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    readme = README.read_text()
-    if start in readme:
-        before, rest = readme.split(start)
-        README.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+    for page in PAGES:
+        found = page.read_text()
+        if start in found:
+            before, rest = found.split(start)
+            page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def table(records: list[Record]) -> str:
@@ -157,12 +161,12 @@ def main() -> int:
             if hasattr(other, "picture"):
                 other.picture(records).savefig(file.with_suffix(".png"), dpi=120)
             if hasattr(other, "readme_table"):
-                update_readme(file.stem, other.readme_table(records))
+                update_marks(file.stem, other.readme_table(records))
             continue
         file.with_suffix(".md").write_text(table(records))
         picture(records).savefig(file.with_suffix(".png"), dpi=120)
         levels = sorted({r["sparsity"] for r in records if r["sparsity"] is not None})
-        update_readme(file.stem, readme_table(records, levels[-4:]))
+        update_marks(file.stem, readme_table(records, levels[-4:]))
     return 0
 
 

@@ -51,7 +51,7 @@ def functional_variables(model: nnx.Module) -> tuple[ApplyFn, PyTree]:
         >>> sorted(variables), apply_fn(variables, jnp.ones((5, 3))).shape
         (['bias', 'mean', 'scale', 'var'], (5, 3))
     """
-    graph, rest, state = _split(model)
+    graph, rest, state = split_variables(model)
     return jax.tree_util.Partial(_ApplyVariables(graph), state, rest), nnx.to_pure_dict(state)
 
 
@@ -68,7 +68,7 @@ def write_variables(model: nnx.Module, variables: PyTree) -> None:
     Cost:
         None but the references.
     """
-    _, _, state = _split(model)
+    _, _, state = split_variables(model)
     written = with_values(state, checked(state, variables))
     for path, old, new in _pairs(state, written):
         if jnp.shape(old) != jnp.shape(new):
@@ -120,7 +120,7 @@ def with_shapes_of(model: nnx.Module, variables: PyTree) -> nnx.Module:
         >>> small(jnp.ones((4, 3))).shape, small.layers[0].out_features, model.layers[0].out_features
         ((4, 2), 5, 8)
     """
-    graph, rest, state = _split(model)
+    graph, rest, state = split_variables(model)
     written = with_values(state, checked(state, variables))
     for path, old, new in _pairs(state, written):
         if jnp.ndim(old) != jnp.ndim(new):
@@ -140,16 +140,37 @@ class _ApplyVariables:
     graph: nnx.GraphDef
 
     def __call__(self, state: nnx.State, rest: nnx.State, variables: PyTree, inputs: Array) -> Float[Array, "..."]:
-        model = nnx.merge(self.graph, with_values(state, checked(state, variables)), jax.tree.map(lambda x: x, rest))
-        before = _flat(nnx.state(model))
-        try:
-            outputs = model(inputs)
-        except TraceContextError as error:
-            raise ValueError(CHANGED) from error
-        after = _flat(nnx.state(model))
-        if any(after.get(path) is not value for path, value in before.items()):
-            raise ValueError(CHANGED)
-        return outputs
+        return apply_variables(self.graph, state, rest, variables, inputs)
+
+
+def apply_variables(
+    graph: nnx.GraphDef, state: nnx.State, rest: nnx.State, variables: PyTree, inputs: Array
+) -> Float[Array, "..."]:
+    """Call a model with other values of its variables.
+
+    Args:
+        graph: Of the model.
+        state: Of the model; its values are not used.
+        rest: Of random numbers.
+        variables: Nested dict of all values.
+        inputs: What the model takes.
+
+    Returns:
+        What the model returns.
+
+    Raises:
+        ValueError: A variable that is missing or unknown, or that the model changed.
+    """
+    model = nnx.merge(graph, with_values(state, checked(state, variables)), jax.tree.map(lambda x: x, rest))
+    before = _flat(nnx.state(model))
+    try:
+        outputs = model(inputs)
+    except TraceContextError as error:
+        raise ValueError(CHANGED) from error
+    after = _flat(nnx.state(model))
+    if any(after.get(path) is not value for path, value in before.items()):
+        raise ValueError(CHANGED)
+    return outputs
 
 
 def with_values(state: nnx.State, values: Params) -> nnx.State:
@@ -192,7 +213,15 @@ def checked(state: nnx.State, variables: PyTree) -> PyTree:
     return variables
 
 
-def _split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def split_variables(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Take a model apart.
+
+    Args:
+        model: A module; it stays as it is.
+
+    Returns:
+        Its graph, what belongs to random numbers, and all other variables.
+    """
     graph, *states = nnx.split(model, nnx.RngState, ...)
     rest, state = jax.tree.map(lambda x: x, states)  # variables of their own
     return graph, rest, state

@@ -9,6 +9,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float, PyTree
 
+from woodjax.adapters._nnx_blocks import host_layers as host_layers
+from woodjax.adapters._nnx_blocks import layer_function as layer_function
 from woodjax.adapters._nnx_variables import CHANGED, with_values
 from woodjax.adapters._nnx_variables import functional_variables as functional_variables
 from woodjax.adapters._nnx_variables import with_shapes_of as with_shapes_of
