@@ -13,9 +13,9 @@ from woodjax import linalg
 from woodjax.column_sweep import SweptKernel, column_sweep
 from woodjax.curvature.damping import Damping, Relative, check_damping
 from woodjax.layerwise.kernels import KernelView
-from woodjax.masks import ExactSparsity, check_sparsity, exact_sparsity, prune_count
 from woodjax.patterns import NM
 from woodjax.ranking import lowest
+from woodjax.sparsities import ExactSparsity, check_sparsity, exact_sparsity, prune_count
 
 Method = Literal["magnitude", "wanda", "sweep"]
 
