@@ -30,13 +30,13 @@ def test_columns_of_the_whole_network():
     assert found["scores"].wire_bytes == 0
     assert found["update"].wire_bytes == 2 * (4 * m * m + 4 * m) * 7 / 8
     assert found["threshold"].wire_bytes == 65 * 2 * 4 * 7 / 8
-    assert found["back"].wire_bytes == 9 * d / n * 3  # from 4 replicas: masks of one byte, scores and updates of four
+    assert found["back"].wire_bytes == 8 * d / n * 3  # from 4 replicas: scores and updates of four bytes
     assert found["back"].memory_bytes > 9 * d * 4 / n
 
 
 def test_sums_of_blocks():
     d, m, n, data, b = 6400, 32, 8, 4, 16
-    found = stages(d, m, n, UNIT, data_devices=data, block_size=b)
+    found = stages(d, m, n, UNIT, data_devices=data, block_size=b, exchange="sums")
     assert "to owners" not in found
     assert found["gradients"].flops == 6 * d * m / n
     assert found["sums"].flops == 2 * (m / data) * b * b * (d * data / n) / b
@@ -54,6 +54,12 @@ def test_gradients_may_travel_in_place_of_sums():
     assert rows["factor"] == sums["factor"]
     # b numbers a weight against m/D.
     assert sums["sums"].wire_bytes == rows["to owners"].wire_bytes * b / (m / data)
+
+
+@pytest.mark.parametrize(("m", "chosen"), [(32, "gradients"), (128, "sums")])
+def test_the_fewer_travel(m, chosen):
+    options = {"data_devices": 4, "block_size": 16}
+    assert stages(6400, m, 8, UNIT, **options) == stages(6400, m, 8, UNIT, exchange=chosen, **options)
 
 
 def test_blocks_of_more_weights_than_rows_go_to_their_owners():

@@ -121,11 +121,11 @@ def _threshold(s: Sharding, held: float) -> Draft:
 
 
 def _back(s: Sharding, held: float) -> Draft:
-    # Masks take one byte a weight, scores and updates four each.
+    # Scores and updates take four bytes a weight; masks are ranked where the scores are.
     sent = tuple(
-        Collective("all-gather", width * weights // s.devices, width * weights * r // s.devices, r, 1, name)
+        Collective("all-gather", FLOAT * weights // s.devices, FLOAT * weights * r // s.devices, r, 1, name)
         for r, weights in s.replicas.items()
-        for width, name in ((1, "masks"), (FLOAT, "scores"), (FLOAT, "updates"))
+        for name in ("scores", "updates")
         if r > 1
     )
     whole = 9 * s.parameter_bytes / FLOAT

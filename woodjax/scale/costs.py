@@ -12,7 +12,7 @@ gradients of its `m/D` examples for the `d/S` parameters that it shares with oth
 | scores | `1.25m²n` | diagonal of the inverse |
 | threshold | 33 + 32 sums of one integer | the same |
 | update | Gram of survivors, factor, products | `b³/3` a block |
-| back | all-gather of masks, scores, updates over replicas | the same |
+| back | all-gather of scores and updates over replicas | the same |
 """
 
 import math
@@ -24,7 +24,7 @@ from woodjax.scale.collectives import Collective, wire_bytes
 from woodjax.scale.hardware import Hardware
 from woodjax.scale.layouts import Sharding, make_sharding
 
-Exchange = Literal["sums", "gradients"]
+Exchange = Literal["auto", "sums", "gradients"]
 
 
 class Stage(NamedTuple):
@@ -94,7 +94,7 @@ def scaling_cost(
     data_devices: int | None = None,
     block_size: int | None = None,
     window: int | None = None,
-    exchange: Exchange = "sums",
+    exchange: Exchange = "auto",
     replicas: int | Mapping[int, int] | None = None,
     gradient_flops: float | None = None,
     microbatch_size: int = 1,
@@ -116,7 +116,7 @@ def scaling_cost(
             the whole network, windows are made three times: for the Gram matrix, for the diagonal and for the
             survivors' Gram matrix; for blocks twice, for scores and for the update.
         exchange: What travels for blocks with `m > b`: `"sums"` of outer products, `b` numbers a weight, or
-            `"gradients"`, `m/D` numbers a weight, the fewer once the examples are divided far enough.
+            `"gradients"`, `m/D` numbers a weight. `"auto"` takes the fewer, as `block_fisher` does.
         replicas: On how many devices each parameter lies: one number, or the number of parameters for each. None is
             `D`: divided among the others, and repeated along the axes of the data. 1 is divided among all.
         gradient_flops: Of one row's gradient; None is `6d`, each weight used once.
@@ -149,7 +149,9 @@ def scaling_cost(
     if sharding.block_size is None or m <= sharding.block_size:
         built, passes, held = by_columns(sharding)
     else:
-        built, passes, held = by_sums(sharding, gradients_travel=exchange == "gradients")
+        fewer = sharding.rows <= sharding.block_size
+        travel = fewer if exchange == "auto" else exchange == "gradients"
+        built, passes, held = by_sums(sharding, gradients_travel=travel)
     rows = FLOAT * sharding.rows * sharding.shared
     gradients = Draft(
         "gradients",

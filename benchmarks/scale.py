@@ -1,0 +1,152 @@
+"""Pruning on many devices: the same numbers as on one, bytes sent, nothing gathered; and how the cost grows.
+
+    python benchmarks/scale.py --json OUT.jsonl
+
+Devices are simulated on this CPU, so times say nothing about them: what is measured of them is what they compute and
+what they send, read from the compiled programs. Time and memory are those of one device. `--quick` takes smaller
+networks. Two processes: `multihost.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from records import Recorder, parser, pin_blas, seeds
+from scale_cases import CURVATURES, LAYOUTS, SPARSITY, network, place, prune
+
+import woodjax as wj
+
+HERE = Path(__file__).parent
+EXAMPLES = 128
+WIRE_WIDTH = 64
+ROWS = 16  # of the curve over sizes
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Largest difference between two trees, relative to the largest entry of each leaf."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()) for a, b in pairs)
+
+
+def equality(record: Recorder, width: int, seed: int, quick: bool) -> None:
+    """Every stage on every layout against one device."""
+    for x64 in (False, True):
+        jax.config.update("jax_enable_x64", x64)
+        params, batch = network(width, EXAMPLES, seed)
+        for name, curvature in list(CURVATURES.items())[: 1 if x64 and quick else None]:
+            alone = prune(params, batch, curvature)
+            for layout_name, layout in LAYOUTS.items():
+                found = prune(*place(layout, params, batch), curvature)
+                masks = sum(
+                    int(np.sum(np.asarray(a) != np.asarray(b)))
+                    for a, b in zip(jax.tree.leaves(found["masks"]), jax.tree.leaves(alone["masks"]), strict=True)
+                )
+                config = {"layout": layout_name, "x64": x64, "masks_that_differ": masks, "width": width}
+                config |= {
+                    stage: difference(found[stage], alone[stage]) for stage in ("gradients", "scores", "updates")
+                }
+                largest = max(config["scores"], config["updates"])
+                record.add(
+                    "max_difference", largest, "ratio", method=name, column="update", sparsity=SPARSITY, seed=seed,
+                    config=config,
+                )  # fmt: skip
+                print(f"{layout_name}, {name}, {'64' if x64 else '32'} bits: {largest:.1e}, masks {masks}", flush=True)
+    jax.config.update("jax_enable_x64", False)
+
+
+def child(*arguments: object, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """A measurement in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "scale_job.py"), *map(str, arguments)],
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def wires(record: Recorder, cases: list[tuple[str, str]], width: int) -> None:
+    """Bytes sent against the cost model, and gathers."""
+    d = sum(leaf.size for leaf in jax.tree.leaves(network(width, 1)[0]))
+    for layout_name, curvature in cases:
+        layout = LAYOUTS[layout_name]
+        with tempfile.TemporaryDirectory() as folder:
+            flags = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text"}
+            found = child("wire", layout_name, curvature, width, EXAMPLES, folder, environment=flags)
+        block_size = None if curvature == "whole network" else CURVATURES[curvature].keywords["block_size"]
+        split = any(layout.kernels)
+        fsdp = split and "block" not in layout.axes
+        cost = wj.scaling_cost(
+            d, EXAMPLES, layout.devices, wj.TPU_V5E, data_devices=layout.data_devices, block_size=block_size,
+            replicas=1 if fsdp else layout.data_devices if split else layout.devices,
+        )  # fmt: skip
+        config = {"layout": layout_name, "weights": d, "model_bytes": cost.wire_bytes} | found
+        # FSDP: the exchange is part of the program of the gradients, beside what the model itself gathers.
+        if not fsdp:
+            ratio = found["wire_bytes"] / cost.wire_bytes
+            record.add("collective_bytes_ratio", ratio, "ratio", method=curvature, column=None, config=config)
+            print(f"{layout_name}, {curvature}: {ratio:.3f} of the model's {cost.wire_bytes:,.0f} bytes", flush=True)
+        if fsdp or layout.data_devices == 1:  # every parameter on one device only: nothing may be gathered
+            gathers = found["gathers"]
+            record.add("parameter_gathers", gathers, "count", method=curvature, column=None, config=config)
+            print(f"{layout_name}, {curvature}: {gathers} gathers", flush=True)
+
+
+def curves(record: Recorder, widths: list[int], rows: list[int]) -> None:
+    """Time and memory against the weights, and against the rows."""
+    for axis, cases in (("weights", [(w, ROWS) for w in widths]), ("rows", [(widths[1], m) for m in rows])):
+        found = []
+        for width, m in cases:
+            one = child("curve", width, m)
+            found.append({"rows": m} | one)
+            print(f"{one['weights']:,} weights, {m} rows: {one['seconds']:.2f} s, {one['peak_bytes'] / 1e6:,.0f} MB")
+            record.add(
+                "seconds", one["seconds"], "s", method="whole network", column=None, config={"axis": axis} | found[-1]
+            )
+        for metric, key in (("time_exponent", "seconds"), ("memory_exponent", "peak_bytes")):
+            slope = exponent([(x[axis], x[key]) for x in found])
+            config = {"axis": axis, "points": found}
+            record.add(metric, slope, "exponent", method="whole network", column=None, config=config)
+            print(f"{metric} against {axis}: {slope:.3f}", flush=True)
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """Slope of a straight line through the logarithms."""
+    x, y = np.log(np.array(points)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def wire_cases(quick: bool) -> Iterator[tuple[str, str]]:
+    """Layouts and curvatures whose programs are read."""
+    for layout in ("8 × 1, replicated", "2 × 2, tensor parallel", "8 × 1, FSDP", "1 × 8, tensor parallel"):
+        yield from ((layout, name) for name in (list(CURVATURES)[:1] if quick else CURVATURES))
+
+
+def main() -> int:
+    """Measure."""
+    pin_blas()
+    args = parser(__doc__).parse_args()
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    record = Recorder(args.json, "scale", "three kernels", "random")
+    for seed in seeds(args.seeds):
+        equality(record, 32 if args.quick else 64, seed, args.quick)
+    wires(record, list(wire_cases(args.quick)), WIRE_WIDTH)
+    widths = [224, 448, 896] if args.quick else [224, 448, 896, 1792, 3872]
+    curves(record, widths, [16, 64] if args.quick else [16, 32, 64, 128, 256])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
