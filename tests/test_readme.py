@@ -3,6 +3,8 @@
 import contextlib
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 AT_INIT = next(block for block in BLOCKS if "prune_at_init" in block)
 SMALLER = next(block for block in BLOCKS if "channel_groups" in block)
+MESH = next(block for block in BLOCKS if "make_mesh" in block)
 NNX, LINEN = (next(b for b in BLOCKS if "prune_transform" in b and word in b) for word in ("nnx.jit", "TrainState"))
 
 
@@ -65,3 +68,12 @@ def test_smaller_networks(tmp_path, monkeypatch):
     small, plan = wj.load_pruned("small.safetensors")
     assert plan == names["plan"]
     assert small["fc1"]["kernel"].shape == (64, int(plan.kept["fc1/kernel"].sum()))
+
+
+def test_many_devices():
+    command = [sys.executable, "-c", MESH]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    spec, sparsity = done.stdout.rsplit(" ", 1)
+    assert "block" in spec
+    assert float(sparsity) == pytest.approx(0.8, abs=1e-3)
