@@ -130,6 +130,7 @@ from woodjax.schedules import (
 )
 from woodjax.sparsities import ExactSparsity, prune_count
 from woodjax.sparsity_path import SparsityPath, sparsity_path
+from woodjax.stage_checkpoints import StageCheckpoints
 from woodjax.stream import GradientStream, stream_gradients
 from woodjax.structured import (
     ChannelGroup,
@@ -234,6 +235,7 @@ __all__ = [
     "ShrunkNetwork",
     "SparsityPath",
     "Stage",
+    "StageCheckpoints",
     "StreamedFisher",
     "SweptKernel",
     "TraceEstimate",
