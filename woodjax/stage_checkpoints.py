@@ -122,11 +122,10 @@ def _told(value: Any) -> Any:
 
 
 def _info(record: dict[str, Any]) -> OneShotInfo:
-    choice = record["choice"]
     fields = {name: _array(field) for name, field in record.items() if name != "choice"}
-    chosen = None if choice is None else UpdateChoice(**{name: _array(field) for name, field in choice.items()})
-    return OneShotInfo(**fields, choice=chosen)
+    choice = record["choice"] and UpdateChoice(**{name: _array(field) for name, field in record["choice"].items()})
+    return OneShotInfo(**fields, choice=choice)
 
 
-def _array(record: dict[str, Any] | None) -> np.ndarray | None:
+def _array(record: dict[str, Any] | None) -> Any:
     return None if record is None else np.asarray(record["values"], record["dtype"])
