@@ -233,7 +233,8 @@ def main() -> int:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     jax.config.update("jax_enable_x64", args.x64)
     jax.distributed.initialize(args.coordinator, args.processes, args.process_id, heartbeat_timeout_seconds=HEARTBEAT)
-    work(args)
+    with wj.fail_together():
+        work(args)
     return 0
 
 

@@ -74,4 +74,5 @@ def main(port, process, folder, kill):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    with wj.fail_together():
+        main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -77,8 +77,8 @@ def test_a_killed_process_ends_the_other_and_both_go_on(tmp_path, whole):
     ended = launch(tmp_path, kill=1)
     survivor, killed = ended
     assert killed.returncode == -signal.SIGKILL, said(ended)
-    assert survivor.returncode not in (0, -signal.SIGKILL), said(ended)
-    assert survivor.seconds - killed.seconds < 4 * HEARTBEAT, said(ended)
+    assert survivor.returncode in (1, -signal.SIGABRT), said(ended)  # a lost connection, or no heartbeat
+    assert survivor.seconds - killed.seconds < 3 * HEARTBEAT, said(ended)
     assert "saved 2" not in survivor.output
     with wj.StageCheckpoints(tmp_path, network()) as saved:  # on one device
         pruned, masks, info = prune(network(), examples(), resume=saved.last())
@@ -117,3 +117,8 @@ def test_what_is_of_another_run_is_refused(stopped_after_one):
         saved.save(wj.Stage(stage.params, stage.masks, None))
     with pytest.raises(ValueError, match=r"holds a run with other settings: target None there and 0.9 here"):
         wj.StageCheckpoints(folder, network(), settings={"target": 0.9})
+
+
+def test_one_process_fails_as_usual():
+    with pytest.raises(StoppedError), wj.fail_together():
+        raise StoppedError

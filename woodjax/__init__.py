@@ -77,6 +77,7 @@ from woodjax.deployment import (
     to_bcoo,
     unpack_nm,
 )
+from woodjax.distributed import fail_together
 from woodjax.exact_obs import ExactObsInfo, exact_obs
 from woodjax.gradients import all_class_gradients, per_example_gradients, sample_labels, sampled_label_gradients
 from woodjax.groups import expand_group_masks, group_scores, pattern_masks
@@ -271,6 +272,7 @@ __all__ = [
     "expand_group_masks",
     "exponential_schedule",
     "export_stablehlo",
+    "fail_together",
     "find_state",
     "fisher_inverse",
     "fisher_obs_scores",
