@@ -78,6 +78,7 @@ from woodjax.deployment import (
     to_bcoo,
     unpack_nm,
 )
+from woodjax.distributed import fail_together
 from woodjax.exact_obs import ExactObsInfo, exact_obs
 from woodjax.gradients import all_class_gradients, per_example_gradients, sample_labels, sampled_label_gradients
 from woodjax.groups import expand_group_masks, group_scores, pattern_masks
@@ -154,6 +155,7 @@ from woodjax.schedules import (
 )
 from woodjax.sparsities import ExactSparsity, prune_count
 from woodjax.sparsity_path import SparsityPath, sparsity_path
+from woodjax.stage_checkpoints import StageCheckpoints
 from woodjax.stream import GradientStream, stream_gradients
 from woodjax.structured import (
     ChannelGroup,
@@ -268,6 +270,7 @@ __all__ = [
     "ShrunkNetwork",
     "SparsityPath",
     "Stage",
+    "StageCheckpoints",
     "StreamedFisher",
     "SweptKernel",
     "TraceEstimate",
@@ -305,6 +308,7 @@ __all__ = [
     "expand_group_masks",
     "exponential_schedule",
     "export_stablehlo",
+    "fail_together",
     "find_state",
     "fisher_inverse",
     "fisher_obs_scores",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from woodjax.choices import Auto, choose_plan, choose_search
+from woodjax.choices import Auto, Plan, choose_plan, choose_search
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
 from woodjax.gradients import LossRow, batch_size, example_losses
@@ -42,11 +42,14 @@ class OneShotInfo(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The network after one stage, as `prune_one_shot` hands it to `on_stage`."""
+    """The network after one stage, as `prune_one_shot` hands it to `on_stage`, and takes it to go on from there."""
 
     params: Params
     masks: Masks
     info: OneShotInfo | None  # fields without the stage axis; None where no data were seen
+    infos: tuple[OneShotInfo, ...] = ()  # of all stages so far
+    initial: Float[Array, " groups"] | None = None  # sparsity before the first, for each group of leaves that share one
+    stages: int | None = None  # of the whole run
 
 
 @on_any_axes
@@ -79,6 +82,7 @@ def prune_one_shot(
     check: bool = True,
     on_broken: Literal["raise", "keep"] = "raise",
     on_stage: Callable[[Stage], None] | None = None,
+    resume: Stage | None = None,
 ) -> tuple[Params, Masks, OneShotInfo]:
     """Prune a trained network without training it again.
 
@@ -137,13 +141,15 @@ def prune_one_shot(
             groups of a pattern that are not finite raise in either case.
         on_stage: Called on the host with the network after each stage: for progress and
             checkpoints.
+        resume: What `on_stage` was handed after the last stage of a run that was stopped: it goes on to the same bits.
+            All other arguments are those of that run, `params` and `masks` too. `StageCheckpoints` keeps it on disk.
 
     Returns:
         Pruned parameters (pruned weights are exactly zero), masks, and what was done.
 
     Raises:
         ValueError: `first_order` with nothing held out that keeps it in bounds; bad sparsity, stages, batch, loss or
-            masks; scores or updates that are not finite (outside `jit`), naming the leaves.
+            masks; scores or updates that are not finite (outside `jit`), naming the leaves; `resume` of another run.
 
     Cost:
         For each stage a backward pass for each of its examples (up to 8,000), flops and memory of the curvature (for
@@ -231,7 +237,12 @@ def prune_one_shot(
     def held_out_losses(params: Params) -> Float[Array, " n"]:
         return example_losses(params, aside, row_loss, microbatch_size=microbatch_size)
 
-    infos, before = [], params
+    infos: list[OneShotInfo] = []
+    initial = None
+    if resume is not None:
+        _check_resume(resume, params, plan)
+        params, masks, infos, initial = resume.params, resume.masks, list(resume.infos), resume.initial
+    done_before, before = len(infos), params
     stages_done = prune_stages(
         params,
         masks,
@@ -251,8 +262,10 @@ def prune_one_shot(
         first_order=first_order,
         gradient_scale=1 / plan.examples_per_gradient,
         strict=on_broken == "raise",
+        done=done_before,
+        initial=initial,
     )
-    for number, (params, masks, done) in enumerate(stages_done):
+    for number, (params, masks, done, initial) in enumerate(stages_done, done_before):
         if on_broken == "raise" and not isinstance(done.nonfinite, jax.core.Tracer) and done.nonfinite.any():
             bad = [name for name, broken in zip(names, done.nonfinite, strict=True) if broken]
             raise ValueError(
@@ -273,7 +286,7 @@ def prune_one_shot(
         infos.append(info)
         before = params
         if on_stage is not None:
-            on_stage(Stage(params, masks, info))
+            on_stage(Stage(params, masks, info, tuple(infos), initial, plan.stages))
     return params, masks, jax.tree.map(lambda *fields: jnp.stack(fields), *infos)
 
 
@@ -282,6 +295,17 @@ def _lost(masks: Masks) -> float | Array:
     leaves = [mask for mask in jax.tree.leaves(masks) if jnp.ndim(mask) >= 2]
     size = sum(mask.size for mask in leaves)
     return 1 - sum(jnp.sum(mask) for mask in leaves) / size if size else 0.0
+
+
+def _check_resume(stage: Stage, params: Params, plan: Plan) -> None:
+    check_like(stage.params, params, "resume.params")
+    check_like(stage.masks, params, "resume.masks")
+    if not stage.infos or stage.stages is None:
+        raise ValueError("resume holds no stage that is done: pass what on_stage was handed.")
+    last = stage.infos[-1]
+    then = Plan(stage.stages, *(int(n) for n in (last.rows, last.examples_per_gradient, last.held_out)))
+    if then != plan:
+        raise ValueError(f"resume is of a run with {then}, and this one has {plan}: pass the arguments of that run.")
 
 
 def _check_target(sparsity: Sparsity | None, pattern: Pattern | None, curvature: object) -> Sparsity | NM:

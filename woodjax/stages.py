@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -22,7 +23,7 @@ from woodjax.patterns import NM, Pattern
 from woodjax.placement import Placement, as_params, placement_of
 from woodjax.ranking import is_broken
 from woodjax.schedules import Path, on_path
-from woodjax.sparsities import ExactSparsity, Fraction, Sparsity, sparsity_groups
+from woodjax.sparsities import ExactSparsity, Fraction, Group, Sparsity, sparsity_groups
 from woodjax.stream import GradientStream
 from woodjax.tree import apply_masks, path_name
 from woodjax.typing import Gradients, Masks, Params, Scores, Updates
@@ -66,7 +67,9 @@ def prune_stages(
     gradient_scale: float = 1.0,
     prunable: tuple[bool, ...] | None = None,
     strict: bool = True,
-) -> Iterator[tuple[Params, Masks, StageInfo]]:
+    done: int = 0,
+    initial: Float[Array, " groups"] | None = None,
+) -> Iterator[tuple[Params, Masks, StageInfo, Float[Array, " groups"] | None]]:
     """Prune to a sparsity in one or several stages.
 
     Args:
@@ -94,9 +97,12 @@ def prune_stages(
             examples but for `(1 − 1/s)ḡḡᵀ`, so that `H⁻¹ḡ` has the direction of the latter's step and is shorter.
         prunable: For each leaf, may it be pruned? None leaves that to the scores.
         strict: Outside `jit`, raise on scores that are not finite rather than leave their leaf as it is.
+        done: Stages done before: parameters and masks are those after them.
+        initial: What was yielded with them.
 
     Yields:
-        Parameters, masks and what was done, after each stage.
+        Parameters, masks and what was done, after each stage; and the sparsity before the first, for each group of
+        leaves that share one, None where no path leads from it.
 
     Raises:
         ValueError: No sparsity and no pattern that fixes it; groups with the scope `"erdos_renyi"`, a criterion or
@@ -109,8 +115,7 @@ def prune_stages(
         raise ValueError(f"{pattern} ranks groups by their own joint cost: leave criterion and prunable out.")
     if criterion is None:
         criterion = magnitude_scores if curvature is None else woodtaylor_scores if first_order else obs_scores
-    initial = None
-    for number in range(stages):
+    for number in range(done, stages):
         rows = rows_at(number, params, masks)
         # A stream runs its own compiled steps from the host, and only there is known where arrays lie on a mesh.
         streamed = isinstance(rows, GradientStream)
@@ -134,7 +139,7 @@ def prune_stages(
         if sparsity is not None:
             if initial is None and stages > 1:
                 initial = _reached(sparsity, masks, scores)
-            target = _target(sparsity, initial, time, path)
+            target = _target(sparsity, initial, params, time, path)
         if pattern is not None and hessian is not None:
             new_masks = pattern_masks(
                 params,
@@ -158,7 +163,7 @@ def prune_stages(
         params, masks, info = move(
             params, masks, new_masks, scores, hessian, gradient, update, choice, method=method, placement=placement
         )
-        yield params, masks, info
+        yield params, masks, info, initial
 
 
 def _group_scope(scope: Scope) -> GroupScope:
@@ -172,20 +177,26 @@ def _relaxed(pattern: Pattern, time: float) -> Pattern:
     return NM(pattern.m - math.ceil(time * (pattern.m - pattern.n)), pattern.m) if isinstance(pattern, NM) else pattern
 
 
-def _reached(sparsity: Sparsity, masks: Masks, scores: Scores) -> dict[str | None, Any]:
+def _groups(sparsity: Sparsity, tree: Params | Scores) -> list[Group]:
+    return sparsity_groups(sparsity, [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)])
+
+
+def _reached(sparsity: Sparsity, masks: Masks, scores: Scores) -> Float[Array, " groups"]:
     # Sparsity of the masks, over all leaves or those of each pattern.
-    paths, scored = zip(*jax.tree_util.tree_leaves_with_path(scores), strict=True)
-    kept = jax.tree.leaves(masks)
-    reached: dict[str | None, Any] = {}
-    for group in sparsity_groups(sparsity, [path_name(path) for path in paths]):
-        value = mask_sparsity([kept[i] for i in group.members], [scored[i] for i in group.members])
-        reached[group.pattern] = value if isinstance(value, jax.core.Tracer) else float(value)
-    return reached
+    kept, scored = jax.tree.leaves(masks), jax.tree.leaves(scores)
+    return jnp.stack([
+        mask_sparsity([kept[i] for i in group.members], [scored[i] for i in group.members])
+        for group in _groups(sparsity, scores)
+    ])
 
 
-def _target(sparsity: Sparsity, initial: dict[str | None, Any] | None, time: float, path: Path) -> Sparsity:
+def _target(
+    sparsity: Sparsity, initial: Float[Array, " groups"] | None, params: Params, time: float, path: Path
+) -> Sparsity:
     if initial is None or time == 1:
         return sparsity  # the last stage meets it to the count
+    values = initial if isinstance(initial, jax.core.Tracer) else np.asarray(initial).tolist()
+    starts = {group.pattern: values[i] for i, group in enumerate(_groups(sparsity, params))}
 
     def between(fraction: Fraction, start: Any) -> Any:
         final = fraction.value if isinstance(fraction, ExactSparsity) else fraction
@@ -194,8 +205,8 @@ def _target(sparsity: Sparsity, initial: dict[str | None, Any] | None, time: flo
         return float(on_path(final, min(start, final), time, path))
 
     if isinstance(sparsity, Mapping):
-        return {key: between(fraction, initial.get(key, 0.0)) for key, fraction in sparsity.items()}
-    return between(sparsity, initial[None])
+        return {key: between(fraction, starts.get(key, 0.0)) for key, fraction in sparsity.items()}
+    return between(sparsity, starts[None])
 
 
 def _score(

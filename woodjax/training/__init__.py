@@ -7,7 +7,6 @@
 | `shrunk` | of the network that a plan leaves of one |
 | `optimizers` | the recipe of networks pruned at initialization |
 | `evaluation` | accuracy on a test split |
-| `checkpoints` | a training on disk |
 """
 
 from woodjax.training.evaluation import accuracy, evaluate, evaluate_model

@@ -19,8 +19,8 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from woodjax.adapters.nnx import TrainFn
+from woodjax.checkpoints import Checkpoints
 from woodjax.datasets import Dataset, Normalise, TrainingData
-from woodjax.training.checkpoints import Checkpoints
 from woodjax.transform import find_state, prune_transform, set_masks
 from woodjax.tree import apply_masks
 from woodjax.typing import Masks, Params

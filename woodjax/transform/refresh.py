@@ -291,8 +291,8 @@ def run_stages(
         As `refresh_masks`.
     """
     done = list(prune_stages(params, masks, rows_at, sparsity, strict=False, **options))
-    pruned, kept, _ = done[-1]
-    infos = jax.tree.map(lambda *fields: jnp.stack(fields), *[info for *_, info in done])
+    pruned, kept, *_ = done[-1]
+    infos = jax.tree.map(lambda *fields: jnp.stack(fields), *[info for _, _, info, _ in done])
     return pruned, kept, summary(kept, infos, jnp.full((), jnp.nan), jnp.full((), jnp.nan))
 
 

@@ -1,4 +1,8 @@
-"""Checkpoints of a training, by Orbax, so that one that was killed goes on to the same bits."""
+"""Checkpoints by Orbax, so that a run that was killed goes on to the same bits.
+
+With several processes every one of them calls the same methods: each writes the shards that it holds, into a folder
+that all of them see.
+"""
 
 import json
 from collections.abc import Callable
@@ -24,12 +28,12 @@ class Checkpoints:
 
         Args:
             folder: Where.
-            settings: What a training has to agree in to go on from here, as JSON.
+            settings: What a run has to agree in to go on from here, as JSON.
             keep: Number of checkpoints that stay.
 
         Raises:
             ImportError: No Orbax.
-            ValueError: The folder is of a training with other settings.
+            ValueError: The folder is of a run with other settings.
         """
         try:
             import orbax.checkpoint as ocp
@@ -44,11 +48,9 @@ class Checkpoints:
             differ = {name: (found.get(name), value) for name, value in settings.items() if found.get(name) != value}
             if differ:
                 pairs = ", ".join(f"{name} {was!r} there and {now!r} here" for name, (was, now) in differ.items())
-                raise ValueError(f"{root} holds a training with other settings: {pairs}. Use another folder.")
+                raise ValueError(f"{root} holds a run with other settings: {pairs}. Use another folder.")
         else:
-            part = record.with_suffix(".part")
-            part.write_text(json.dumps(settings))
-            part.replace(record)
+            write_json(record, settings)
         self._manager = ocp.CheckpointManager(root / "steps", options=ocp.CheckpointManagerOptions(max_to_keep=keep))
 
     def __enter__(self) -> Self:
@@ -76,7 +78,8 @@ class Checkpoints:
         """Read the last checkpoint.
 
         Args:
-            like: The pytree that was saved, of any values.
+            like: The pytree that was saved, of any values; shapes and dtypes are enough. Leaves that lie on a mesh
+                are restored as they lie, whatever the number of devices that saved them.
 
         Returns:
             Its number and the state, in buffers of its own; None where there is none.
@@ -93,6 +96,19 @@ class Checkpoints:
             like,
         )
         return number, typed
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a file whole or not at all, once.
+
+    Args:
+        file: Where; of several processes the first one writes it.
+        value: What, as JSON.
+    """
+    if jax.process_index() == 0:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(value))
+        part.replace(file)
 
 
 def _each_key(function: Callable[[Any], Any], tree: Any) -> Any:
