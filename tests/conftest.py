@@ -7,9 +7,10 @@ from pathlib import Path
 # Nearly all of the time of the tests goes into compiling small programs. LLVM's expensive passes change no semantics;
 # set it to 0 to test with them. In the environment, before JAX is imported, so that jobs of their own see it too.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Eight devices on one CPU for the tests of meshes; all others use the first. One program after another: several at the
-# same time wait for each other's threads.
+# Eight devices on one CPU for the tests of meshes; all others use the first. One program after another, and threads
+# (NPROC) for all: a device that waits for another keeps its thread.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 
 import hypothesis

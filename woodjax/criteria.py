@@ -138,6 +138,7 @@ def woodtaylor_scores(params: Params, curvature: Curvature, gradient: Params) ->
     return _surgeon(target, curvature.inverse_diagonal())
 
 
+@jax.jit
 def _surgeon(target: Params, inverse_diagonal: Params) -> Scores:
     check_like(inverse_diagonal, target, "params and curvature disagree: the curvature's tree")
     return jax.tree.map(

@@ -140,7 +140,8 @@ def mark_lowest(
         marked = ranker.lowest(rows, alone, counts)
     elif scope == "global":
         counts = [prune_count(group.sparsity, _total([sizes[i] for i in group.members])[None]) for group in groups]
-        marked, wanted = ranker.lowest(rows, [group.members for group in groups], counts), _total(counts)
+        flat = [row.reshape(1, -1) for row in rows]  # layers of a leaf are ranked together
+        marked, wanted = ranker.lowest(flat, [group.members for group in groups], counts), _total(counts)
     else:
         share = {i: group.sparsity for group in groups for i in group.members}
         counts = [prune_count(share[i], n) for i, n in enumerate(sizes)]

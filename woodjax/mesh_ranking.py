@@ -99,7 +99,7 @@ class MeshRanker:
         less = below(thresholds)
         ties = [key == thresholds[group_of[i]][:, None] for i, key in enumerate(keys)]
         rooms = self._rooms(groups, [count - n for count, n in zip(counts, totals(less), strict=True)], ties)
-        places = [self._places(i, row.shape[1]) for i, row in enumerate(rows)]
+        places = [self._places(i).reshape(row.shape) for i, row in enumerate(rows)]
 
         def first(ends: list[Array]) -> list[Array]:
             return [tie & (place < end[:, None]) for tie, place, end in zip(ties, places, ends, strict=True)]
@@ -117,16 +117,14 @@ class MeshRanker:
                 room = room - rooms[i]
         return [rooms[i] for i in range(len(ties))]
 
-    def _places(self, number: int, width: int) -> UInt[Array, "1 _"]:
-        # Index of every entry in its whole leaf, without batch axes.
-        shape = self.shapes[number]
-        batch = len(self.leaves[number]) - len(shape)
+    def _places(self, number: int) -> UInt[Array, " _"]:
+        # Index of every entry of the shard in its whole leaf.
         place = jnp.zeros((), jnp.uint32)
-        for size, axes in zip(shape, self.placement.leaves[number].dims[batch:], strict=True):
+        for size, axes in zip(self.leaves[number], self.placement.leaves[number].dims, strict=True):
             local = size // self.placement.size(axes)
             start = lax.axis_index(axes) * local if axes else 0
             place = place[..., None] * size + (start + jnp.arange(local)).astype(jnp.uint32)
-        return place.reshape(1, width)
+        return place
 
 
 def _largest(bits: int, start: list[Array], holds: Callable[[list[Array]], list[Array]]) -> list[UInt[Array, " r"]]:

@@ -41,8 +41,18 @@ def ranked_leaves(scores: Scores, previous: Masks | None) -> tuple[list[str], li
     if previous is not None:
         check_like(previous, scores, "previous")
         check_bool(previous, "previous")
-    before = [None] * len(names) if previous is None else jax.tree.leaves(previous)
-    return names, [_ranked(name, leaf, mask) for name, (_, leaf), mask in zip(names, paths, before, strict=True)]
+    leaves = [jnp.asarray(leaf) for _, leaf in paths]
+    for name, leaf in zip(names, leaves, strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"Scores of leaf '{name}' are {leaf.dtype}: scores are floats.")
+    ranked, broken = _ranked(leaves, None if previous is None else jax.tree.leaves(previous))
+    if not isinstance(broken, jax.core.Tracer) and np.any(broken):
+        name, leaf = next((name, x) for name, x, bad in zip(names, leaves, np.asarray(broken), strict=True) if bad)
+        raise ValueError(
+            f"Scores of leaf '{name}' hold {int(jnp.sum(jnp.isnan(leaf) | jnp.isneginf(leaf)))} NaN or -inf of "
+            f"{leaf.size}: look for NaN in the batch, the parameters and the gradients, or raise the damping."
+        )
+    return names, ranked
 
 
 def is_broken(leaf: Float[Array, "..."]) -> Bool[Array, ""]:
@@ -114,13 +124,11 @@ class Here:
         self, rows: list[Float[Array, "r _"]], groups: list[list[int]], counts: list[Int[Array, " r"]]
     ) -> list[Bool[Array, "r _"]]:
         """`lowest`; leaves that are ranked together are put into one array."""
-        if all(len(group) == 1 for group in groups):
-            return lowest(rows, counts)
-        merged = [jnp.concatenate([rows[i].reshape(-1) for i in group])[None] for group in groups]
+        merged = [jnp.concatenate([rows[i] for i in group], axis=1) for group in groups]
         parts: dict[int, Bool[Array, "r _"]] = {}
         for marked, group in zip(lowest(merged, counts), groups, strict=True):
-            pieces = jnp.split(marked[0], np.cumsum([rows[i].size for i in group])[:-1])
-            parts |= {i: piece.reshape(rows[i].shape) for i, piece in zip(group, pieces, strict=True)}
+            ends = np.cumsum([rows[i].shape[1] for i in group])[:-1]
+            parts |= dict(zip(group, jnp.split(marked, ends, axis=1), strict=True))
         return [parts[i] for i in range(len(rows))]
 
 
@@ -249,21 +257,17 @@ def erdos_renyi_counts(
     return jnp.split(counts, np.cumsum([len(s) for s in sizes])[:-1])
 
 
-def _ranked(name: str, leaf: Any, previous: Bool[Array, "..."] | None) -> Float[Array, "..."]:
-    leaf = jnp.asarray(leaf)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"Scores of leaf '{name}' are {leaf.dtype}: scores are floats.")
-    leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    broken = is_broken(leaf)
-    if not isinstance(broken, jax.core.Tracer) and broken:
-        bad = int(jnp.sum(jnp.isnan(leaf) | jnp.isneginf(leaf)))
-        raise ValueError(
-            f"Scores of leaf '{name}' hold {bad} NaN or -inf of {leaf.size}: look for NaN in the batch, "
-            "the parameters and the gradients, or raise the damping."
-        )
+@jax.jit
+def _ranked(
+    leaves: list[Float[Array, "..."]], previous: list[Bool[Array, "..."]] | None
+) -> tuple[list[Float[Array, "..."]], Bool[Array, " leaves"]]:
+    # One program: many small ones wait for each other where arrays lie on many devices.
+    broken = [is_broken(leaf) for leaf in leaves]
+    wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in leaves]
     if previous is not None:
-        leaf = jnp.where(previous, leaf, -jnp.inf)
-    return jnp.where(broken, jnp.inf, leaf)
+        wide = [jnp.where(mask, leaf, -jnp.inf) for leaf, mask in zip(wide, previous, strict=True)]
+    held = [jnp.where(bad, jnp.inf, leaf) for leaf, bad in zip(wide, broken, strict=True)]
+    return held, jnp.stack(broken)
 
 
 def sortable(x: Float[Array, "..."]) -> UInt[Array, "..."]:
