@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 Record = dict[str, Any]
 
 
-def of(records: list[Record], *metrics: str) -> list[Record]:
+def of(records: list[Record], *metrics: str, benchmark: str = "scale") -> list[Record]:
     """Records of some metrics."""
-    return [r for r in records if r["metric"] in metrics]
+    return [r for r in records if r["benchmark"] == benchmark and r["metric"] in metrics]
 
 
 def line(*cells: Any) -> str:
@@ -29,6 +29,20 @@ def equality_table(records: list[Record]) -> str:
         values = [cells.get((layout, *column)) for column in columns]
         masks = sum(r["config"]["masks_that_differ"] for r in found if r["config"]["layout"] == layout)
         lines.append(line(layout, *("" if value is None else f"{value:.0e}" for value in values), masks))
+    return "\n".join(lines)
+
+
+def processes_table(records: list[Record]) -> str:
+    """Largest difference of several processes from one device: a row for each layout, a column for each stage."""
+    found = of(records, "max_difference", benchmark="multihost")
+    stages = list(dict.fromkeys(r["column"] for r in found))
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    for r in found:
+        c = r["config"]
+        case = f"{c['processes']} processes × {c['devices'] // c['processes']}", c["layout"], r["method"], c["dtype"]
+        rows.setdefault(case, {})[r["column"]] = r["value"]
+    lines = [line("processes", "layout", "curvature", "precision", *stages), "|---" * (len(stages) + 4) + "|"]
+    lines += [line(*case, *(f"{v[x]:.0e}" if x in v else "" for x in stages)) for case, v in rows.items()]
     return "\n".join(lines)
 
 
@@ -64,7 +78,14 @@ def curve_table(records: list[Record]) -> str:
 
 def readme_table(records: list[Record]) -> str:
     """All of it, for the documentation."""
-    return "\n\n".join(["", equality_table(records), wire_table(records), curve_table(records), ""])
+    return "\n\n".join([
+        "",
+        equality_table(records),
+        processes_table(records),
+        wire_table(records),
+        curve_table(records),
+        "",
+    ])
 
 
 def table(records: list[Record]) -> str:

@@ -4,7 +4,7 @@
 
 Devices are simulated on this CPU, so times say nothing about them: what is measured of them is what they compute and
 what they send, read from the compiled programs. Time and memory are those of one device. `--quick` takes smaller
-networks. Two processes: `multihost.py`.
+networks. Two processes are those of `multihost.py`, which is started here and adds records of its own.
 """
 
 import json
@@ -25,6 +25,7 @@ import woodjax as wj
 
 HERE = Path(__file__).parent
 EXAMPLES = 128
+THREADS = "64"  # of XLA, so that devices on one CPU do not wait for each other's
 WIRE_WIDTH = 64
 ROWS = 16  # of the curve over sizes
 
@@ -65,7 +66,7 @@ def child(*arguments: object, environment: dict[str, str] | None = None) -> dict
     """A measurement in a process of its own."""
     done = subprocess.run(
         [sys.executable, str(HERE / "scale_job.py"), *map(str, arguments)],
-        env=os.environ | (environment or {}),
+        env={name: value for name, value in os.environ.items() if name != "NPROC"} | (environment or {}),
         capture_output=True,
         text=True,
         timeout=900,
@@ -82,7 +83,7 @@ def wires(record: Recorder, cases: list[tuple[str, str]], width: int) -> None:
     for layout_name, curvature in cases:
         layout = LAYOUTS[layout_name]
         with tempfile.TemporaryDirectory() as folder:
-            flags = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text"}
+            flags = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text", "NPROC": THREADS}
             found = child("wire", layout_name, curvature, width, EXAMPLES, folder, environment=flags)
         block_size = None if curvature == "whole network" else CURVATURES[curvature].keywords["block_size"]
         split = any(layout.kernels)
@@ -137,11 +138,24 @@ def main() -> int:
     """Measure."""
     pin_blas()
     args = parser(__doc__).parse_args()
+    os.environ.setdefault("NPROC", THREADS)
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     record = Recorder(args.json, "scale", "three kernels", "random")
     for seed in seeds(args.seeds):
         equality(record, 32 if args.quick else 64, seed, args.quick)
+    for precision in ([], ["--x64"]):
+        command = [
+            sys.executable,
+            str(HERE / "multihost.py"),
+            "--processes",
+            "2",
+            "--devices",
+            "2",
+            "--json",
+            str(args.json),
+        ]
+        subprocess.run([*command, *precision, *["--quick"] * args.quick], timeout=900, check=True)
     wires(record, list(wire_cases(args.quick)), WIRE_WIDTH)
     widths = [224, 448, 896] if args.quick else [224, 448, 896, 1792, 3872]
     curves(record, widths, [16, 64] if args.quick else [16, 32, 64, 128, 256])
