@@ -49,6 +49,7 @@ CASES = {
     "fsdp": MeshCase({"data": 4}, a=P("data"), b=P("data"), c=P("data"), s=P(None, "data")),
     "mixed": MeshCase(EIGHT, a=P("data", "block"), b=P("block"), c=P(("block", "data"))),
     "rows": MeshCase(EIGHT, a=P("block"), s=P(None, "data"), batch=P(("data", "block"))),
+    "layers": MeshCase(TWO, a=P(None, "block"), c=P(None, ("data", "block")), s=P(None, "block")),
     "alone": MeshCase(TWO, a=P("block"), c=P(None, "block"), batch=P()),
 }
 
