@@ -59,7 +59,7 @@ def earlier(here, sparsity, seed=0):
 @given(here=scores(), sparsity=SPARSITIES)
 def test_every_scope(option, here, sparsity):
     if "floor" in OPTIONS[option]:
-        sparsity = 0.7 * sparsity
+        sparsity = 0.5 * sparsity
     check(CASES["layers" if option == "layers" else "mixed"], here, sparsity, **OPTIONS[option])
 
 
