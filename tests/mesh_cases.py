@@ -62,6 +62,7 @@ def linear_loss(params, example):
 def normal(seed, lead=(), dtype=np.float32):
     """A tree of the network's shapes."""
     rng = np.random.default_rng(seed)
+
     def draw(shape):
         return rng.normal(size=(*lead, *shape)).astype(dtype)
 

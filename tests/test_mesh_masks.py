@@ -1,7 +1,5 @@
 """Masks of scores on a mesh of devices: the same to the bit as on one."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import mesh_cases as mc
@@ -10,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
-from mesh_cases import CASES, P, same_place
+from mesh_cases import CASES, same_place
 
 import woodjax as wj
-from woodjax.mesh_ranking import LARGEST
 
 FEW = settings(max_examples=6)
 SPARSITIES = st.sampled_from([0.0, 0.1, 0.33, 0.5, 0.77, 1.0]) | st.floats(0, 1)
@@ -119,9 +116,9 @@ def test_errors_are_those_of_one_device():
     case = CASES["first"]
     there = case.params(mc.normal(0))
     broken = case.params(mc.normal(0) | {"s": np.full(mc.SHAPES["s"], np.nan, np.float32)})
-    with pytest.raises(ValueError, match=r"'s'.*NaN|NaN.*'s'"):
+    with pytest.raises(ValueError, match=r"'s'.*NaN"):
         wj.make_masks(broken, 0.5)
-    with pytest.raises(ValueError, match="floor is 0.9"):
+    with pytest.raises(ValueError, match="floor is 0"):
         wj.make_masks(there, 0.5, floor=0.9)
     with pytest.raises(ValueError, match=r"'a/w' stacks layers along an axis that is split"):
         wj.make_masks(there, 0.5, scope="leaf", batch_axes=1)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
+from string import ascii_letters
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
@@ -162,5 +163,9 @@ def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Para
 
 
 def _inner(x: Params, y: Params) -> Float[Array, ""]:
-    products = jax.tree.map(lambda a, b: linalg.contract("i,i->", jnp.ravel(a), jnp.ravel(b)), x, y)
+    def product(a: Array, b: Array) -> Array:
+        axes = ascii_letters[: jnp.ndim(a)]  # not flattened: a leaf may be split along any of them
+        return linalg.contract(f"{axes},{axes}->", a, b)
+
+    products = jax.tree.map(product, x, y)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
