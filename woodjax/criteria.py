@@ -15,6 +15,7 @@ from woodjax.tree import check_like, is_kernel, make_layout
 from woodjax.typing import Params, Scores, Select
 
 
+@on_any_axes
 def magnitude_scores(params: Params, *, select: Select = is_kernel, batch_axes: int = 0) -> Scores:
     """Magnitude `|w|`.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
@@ -16,6 +17,7 @@ from woodjax.compensation import compensate
 from woodjax.curvature import BlockFisher
 from woodjax.curvature._blocked import map_chunks
 from woodjax.masks import make_masks
+from woodjax.placement import on_any_axes
 from woodjax.sparsities import Sparsity, check_sparsity
 from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Params, Updates
@@ -32,6 +34,7 @@ class ExactObsInfo(NamedTuple):
     predicted_loss_change: Float[Array, ""]  # of all blocks together
 
 
+@on_any_axes
 def exact_obs(
     params: Params, fisher: BlockFisher, sparsity: Sparsity, *, previous: Masks | None = None
 ) -> tuple[Masks, Updates, ExactObsInfo]:
@@ -94,36 +97,52 @@ def exact_obs(
 def _trace(
     params: Params, fisher: BlockFisher, previous: Masks | None
 ) -> tuple[Params, Int[Array, "nb b"], Float[Array, "nb b"]]:
-    layout = fisher.layout
-    ones = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
-    real = layout.to_blocks(ones)  # False on padding
-    kept = real if previous is None else layout.to_blocks(previous)
-    tiers = jnp.where(real, jnp.where(kept, 1, 0), 2)
-    order, increments = map_chunks(
-        lambda block: linalg.greedy_trace(*block),
-        (fisher.inverse, layout.to_blocks(params), tiers),
-        8 * layout.block_size**2,
-    )
-    before = jnp.take_along_axis(tiers, order, axis=1) == 0
-    rising = jax.lax.cummax(jnp.where(before, 0, increments), axis=1)
-    rows = jnp.arange(order.shape[0])[:, None]
-    by_weight = jnp.zeros_like(rising).at[rows, jnp.where(order < 0, order.shape[1], order)].set(rising, mode="drop")
-    return layout.to_tree(by_weight, fill=jnp.inf), order, jnp.cumsum(increments, axis=1)
+    layout, view = fisher.layout, fisher.layout.view
+
+    def trace(
+        params: Params, inverse: Float[Array, "nb b b"], previous: Masks | None
+    ) -> tuple[Params, Int[Array, "nb b"], Float[Array, "nb b"]]:
+        real = view.to_blocks(jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params))  # False on padding
+        kept = real if previous is None else view.to_blocks(previous)
+        tiers = jnp.where(real, jnp.where(kept, 1, 0), 2)
+        order, increments = map_chunks(
+            lambda block: linalg.greedy_trace(*block),
+            (inverse, view.to_blocks(params), tiers),
+            8 * layout.block_size**2,
+        )
+        before = jnp.take_along_axis(tiers, order, axis=1) == 0
+        rising = jax.lax.cummax(jnp.where(before, 0, increments), axis=1)
+        rows = jnp.arange(order.shape[0])[:, None]
+        by_weight = (
+            jnp.zeros_like(rising).at[rows, jnp.where(order < 0, order.shape[1], order)].set(rising, mode="drop")
+        )
+        return view.to_tree(by_weight, fill=jnp.inf), order, jnp.cumsum(increments, axis=1)
+
+    tree, blocks = layout.tree_specs(), layout.spread(0)
+    given = (tree, blocks, PartitionSpec() if previous is None else tree)
+    return layout.run(trace, given, (tree, blocks, blocks))(params, fisher.inverse, previous)
 
 
 @jax.jit
 def _cut(
     params: Params, masks: Masks, fisher: BlockFisher, order: Int[Array, "nb b"], losses: Float[Array, "nb b"]
 ) -> tuple[Masks, Updates, ExactObsInfo]:
-    layout = fisher.layout
-    pruned = layout.to_blocks(jax.tree.map(jnp.logical_not, masks))
-    removed = jnp.sum(pruned, axis=1)
-    # Equal costs are cut by their place in the order, not by their index: as many of each block, the first ones.
-    first = jnp.arange(order.shape[1]) < removed[:, None]
-    rows = jnp.arange(order.shape[0])[:, None]
-    chosen = jnp.zeros_like(pruned).at[rows, jnp.where(first, order, order.shape[1])].set(True, mode="drop")
-    masks = layout.to_tree(~chosen, fill=True)
-    last = jnp.take_along_axis(losses, jnp.maximum(removed - 1, 0)[:, None], axis=1)[:, 0]
-    predicted = jnp.sum(jnp.where(removed > 0, last, 0))
-    updates = compensate(params, masks, fisher)
-    return masks, updates, ExactObsInfo(order, losses, removed, predicted)
+    layout, view = fisher.layout, fisher.layout.view
+
+    def cut(
+        masks: Masks, order: Int[Array, "nb b"], losses: Float[Array, "nb b"]
+    ) -> tuple[Masks, Int[Array, " nb"], Float[Array, ""]]:
+        pruned = view.to_blocks(jax.tree.map(jnp.logical_not, masks))
+        removed = jnp.sum(pruned, axis=1)
+        # Equal costs are cut by their place in the order, not by their index: as many of each block, the first ones.
+        first = jnp.arange(order.shape[1]) < removed[:, None]
+        rows = jnp.arange(order.shape[0])[:, None]
+        chosen = jnp.zeros_like(pruned).at[rows, jnp.where(first, order, order.shape[1])].set(True, mode="drop")
+        last = jnp.take_along_axis(losses, jnp.maximum(removed - 1, 0)[:, None], axis=1)[:, 0]
+        predicted = linalg.total_over(jnp.sum(jnp.where(removed > 0, last, 0)), view.mesh_axes)
+        return view.to_tree(~chosen, fill=True), removed, predicted
+
+    tree, blocks = layout.tree_specs(), layout.spread(0)
+    run = layout.run(cut, (tree, blocks, blocks), (tree, blocks, PartitionSpec()))
+    masks, removed, predicted = run(masks, order, losses)
+    return masks, compensate(params, masks, fisher), ExactObsInfo(order, losses, removed, predicted)

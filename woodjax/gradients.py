@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from woodjax.placement import Microbatches, Placement, as_gradients, on_any_axes, placement_of
+from woodjax.placement import Microbatches, Placement, as_gradients, on_any_axes, place_rows, placement_of
 from woodjax.probe import check_loss
 from woodjax.remat import rematerialised
 from woodjax.tree import path_name
@@ -123,11 +123,13 @@ def sampled_label_gradients(
     if samples < 1:
         raise ValueError(f"samples is {samples}: pass at least 1.")
 
-    keys = jax.random.split(key, batch_size(inputs))
+    placement = placement_of(params, inputs)
+    keys = place_rows(jax.random.split(key, batch_size(inputs)), placement)
     check_apply(apply_fn, params, inputs)
     return _merge_rows(_map_rows(_SampledRows(apply_fn, samples), params, (inputs, keys), microbatch_size))
 
 
+@on_any_axes
 def sample_labels(apply_fn: ApplyFn, params: Params, inputs: Batch, key: Key[Array, ""]) -> Int[Array, " n"]:
     """Labels drawn from the model: they make a pool of examples out of inputs without labels.
 

@@ -18,6 +18,7 @@ from woodjax import linalg
 from woodjax.curvature import Curvature, GroupCurvature
 from woodjax.masks import make_masks, protect_highest
 from woodjax.patterns import NM, Pattern
+from woodjax.placement import on_any_axes
 from woodjax.ranking import Cost, fewest_that_cost, ranked_leaves
 from woodjax.sparsities import Sparsity, check_sparsity, prune_count, sparsity_groups
 from woodjax.tree import check_bool, check_like, path_name
@@ -27,6 +28,7 @@ GroupScope = Literal["global", "leaf"]
 SUBSET_BYTES = 2**26  # of workspace for the subsets of as many groups as are compared at once
 
 
+@on_any_axes
 def group_scores(
     params: Params,
     curvature: Curvature,
@@ -80,6 +82,7 @@ def group_scores(
     return jax.tree.map(lambda cost, w: _shaped(cost, jnp.shape(w)[:batch_axes]), tree, params)
 
 
+@on_any_axes
 def pattern_masks(
     params: Params,
     curvature: Curvature,
@@ -157,6 +160,7 @@ def pattern_masks(
     return masks if previous is None else jax.tree.map(jnp.logical_and, masks, previous)
 
 
+@on_any_axes
 def expand_group_masks(kept: Masks, params: Params, pattern: Pattern, *, batch_axes: int = 0) -> Masks:
     """Full-shape masks from masks over groups, for example from `budget_masks` of `group_scores`.
 

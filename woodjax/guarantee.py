@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 from woodjax.gradients import LossRow, batch_size, example_losses
 from woodjax.one_shot import prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
+from woodjax.placement import on_any_axes
 from woodjax.tree import check_floating, check_like
 from woodjax.typing import Batch, LossFn, Masks, Params
 
@@ -44,6 +45,7 @@ class GuaranteeInfo(NamedTuple):
     prune_info: Any  # of the rung returned; None for the dense network
 
 
+@on_any_axes
 def prune_to_loss(
     loss_fn: LossFn,
     params: Params,
@@ -158,6 +160,7 @@ def prune_to_loss(
     return best[0], best[1], report
 
 
+@on_any_axes
 def split_batch(batch: Batch, held_out: float | int, key: Key[Array, ""] | None = None) -> tuple[Batch, Batch]:
     """Two disjoint parts of a batch, drawn at random.
 

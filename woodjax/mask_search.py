@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from woodjax.curvature import LowRankFisher
 from woodjax.moves import Quadratic, hard_threshold, try_in_rounds
+from woodjax.placement import on_any_axes
 from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Params
 
@@ -28,6 +29,7 @@ class SearchInfo(NamedTuple):
     moved: Int[Array, ""]  # weights that survive now and did not at the start
 
 
+@on_any_axes
 def search_masks(
     params: Params,
     masks: Masks,

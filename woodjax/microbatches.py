@@ -6,9 +6,11 @@ from typing import Any
 import jax
 
 from woodjax.gradients import LossRow, batch_size, group_examples
+from woodjax.placement import on_any_axes
 from woodjax.typing import Batch, Gradients, LossFn, Params
 
 
+@on_any_axes
 def microbatch_for(
     loss_fn: LossFn,
     params: Params,

@@ -17,6 +17,7 @@ from woodjax.compensation import compensate
 from woodjax.criteria import obs_scores
 from woodjax.curvature import Curvature, LowRankFisher, predicted_loss_change
 from woodjax.masks import Scope, make_masks, mask_sparsity
+from woodjax.placement import on_any_axes
 from woodjax.sparsities import check_sparsity
 from woodjax.typing import Masks, Params, Scores
 
@@ -46,6 +47,7 @@ class SparsityPath(NamedTuple):
         return jax.tree.map(lambda level: level > number % levels, self.level)
 
 
+@on_any_axes
 def sparsity_path(
     params: Params,
     curvature: Curvature,

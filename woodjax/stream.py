@@ -194,6 +194,7 @@ class GradientStream:
         return _Static(cut, self.precision, placement)
 
 
+@on_any_axes
 def stream_gradients(
     loss_fn: LossFn,
     params: Params,

@@ -15,6 +15,7 @@ from woodjax.gradients import batch_size, check_apply
 from woodjax.kinds import hidden_kernels
 from woodjax.losses import cross_entropy
 from woodjax.masks import Scope, make_masks, nonfinite_scores
+from woodjax.placement import on_any_axes
 from woodjax.sparsities import Sparsity, check_sparsity
 from woodjax.tree import apply_masks
 from woodjax.typing import ApplyFn, Batch, LossFn, Masks, Params, Scores, Select
@@ -28,6 +29,7 @@ class AtInitInfo(NamedTuple):
     nonfinite: Int[Array, ""]  # leaves with a score that was not finite, counted in every round
 
 
+@on_any_axes
 def prune_at_init(
     apply_fn: ApplyFn,
     params: Params,

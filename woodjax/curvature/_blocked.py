@@ -57,18 +57,18 @@ class Grouped(abc.ABC):
         """Workspace for one group."""
         return INVERSION_BYTES * size * size
 
-    @compiled
+    @partial(compiled, groups=True)
     def group_inverse(self, groups: Groups) -> Params:
         """`[H⁻¹]_QQ` of every group, `[n, q, q]` for each leaf. Correlations that `H` does not hold are zero."""
         return self._group_answers(self.submatrices, groups)
 
-    @compiled
+    @partial(compiled, groups=True)
     def group_costs(self, target: Params, groups: Groups) -> Params:
         """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of every group, `[n]` for each leaf, a bounded workspace of groups at a time."""
         jax.eval_shape(self.layout.to_blocks, target)  # checks structure and shapes
         return self._group_answers(self.costs, groups, target)
 
-    @compiled
+    @partial(compiled, groups=True)
     def coupled_costs(self, target: Params, groups: Groups) -> Float[Array, " n"]:
         """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of groups whose weights are in several leaves: the `i`-th is row `i` of every leaf.
 
@@ -85,7 +85,6 @@ class Grouped(abc.ABC):
         Cost:
             As `group_costs`; correlations between parts are zero.
         """
-        self._check_here()
         parts: dict[int, list[tuple[Array, Array]]] = {}
         pairs = zip(self.layout.flatten(groups), self.layout.flatten(target), strict=True)
         for leaf, (at, t) in enumerate(pairs):
@@ -102,15 +101,7 @@ class Grouped(abc.ABC):
             total = total + costs
         return total
 
-    def _check_here(self) -> None:
-        if self.layout.mesh_axes:
-            raise ValueError(
-                "Groups of weights are not answered for on several devices: gather the parameters onto one, or prune "
-                "layer by layer (woodjax.prune_layers)."
-            )
-
     def _group_answers(self, function: Callable[..., Array], groups: Groups, target: Params | None = None) -> Params:
-        self._check_here()
         indices = self.layout.flatten(groups)
         values = [None] * len(indices) if target is None else self.layout.flatten(target)
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(self))

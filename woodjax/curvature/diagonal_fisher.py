@@ -25,7 +25,7 @@ from woodjax.curvature.damping import (
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, placed_layout, sum_up
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
-from woodjax.tree import Layout, is_kernel, make_layout, wide_dtype
+from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Params, Select
 
 Negative = Literal["clip", "absolute"]
@@ -209,6 +209,7 @@ def diagonal_fisher(
     return sum_up(gradients, partial(DiagonalSums.empty, layout, wide_dtype(gradients)), damping)
 
 
+@on_any_axes
 def diagonal_curvature(
     diagonal: Params,
     *,
@@ -249,7 +250,7 @@ def diagonal_curvature(
     if negative not in ("clip", "absolute"):
         raise ValueError(f"negative is {negative!r}: choose 'clip' or 'absolute'.")
     rule, number = split_damping(damping)
-    layout = make_layout(diagonal, select=select, batch_axes=batch_axes)
+    layout = placed_layout(diagonal, select=select, batch_axes=batch_axes)
     blocks = layout.to_blocks(diagonal)
     blocks = jnp.abs(blocks) if negative == "absolute" else jnp.maximum(blocks, 0)
     used = jnp.asarray(resolve_damping(rule, number, lambda: blocks), blocks.dtype)

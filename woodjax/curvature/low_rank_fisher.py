@@ -161,15 +161,22 @@ class LowRankFisher(Blocked):
         Cost:
             `m²b + num_levels · 2m³/3` flops a block.
         """
-        never = jax.tree.map(lambda x: x - num_levels, level)  # padding, 0 in blocks, is never gone
-        losses = map_blocks(
-            lambda g, damping, w, at: linalg.path_losses(g, damping, w, at + num_levels, num_levels=num_levels),
-            self.gradients,
-            self.damping,
-            self.layout.to_blocks(params),
-            self.layout.to_blocks(never).astype(jnp.int32),
-        )
-        return jnp.sum(losses, axis=0)
+        view = self.layout.view
+        loss = partial(linalg.path_losses, num_levels=num_levels, axes=view.column_axes)
+
+        def losses(own: Self, params: Params, level: PyTree) -> Float[Array, " levels"]:
+            never = jax.tree.map(lambda x: x - num_levels, level)  # padding, 0 in blocks, is never gone
+            of_blocks = map_blocks(
+                lambda g, damping, w, at: loss(g, damping, w, at + num_levels),
+                own.gradients,
+                own.damping,
+                view.to_blocks(params),
+                view.to_blocks(never).astype(jnp.int32),
+            )
+            return linalg.total_over(jnp.sum(of_blocks, axis=0), () if view.whole else view.mesh_axes)
+
+        trees = self.layout.tree_specs()
+        return self.layout.run(losses, (self.shard_specs(), trees, trees), PartitionSpec())(self, params, level)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows", "count"], meta_fields=["layout"])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
+from string import ascii_letters
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
@@ -18,7 +19,7 @@ from woodjax.typing import Groups, Masks, Params, Updates
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled(method: F, *, lead: int = 0) -> F:
+def compiled(method: F, *, lead: int = 0, groups: bool = False) -> F:
     """`jax.jit` for a method of a curvature, with the method's own type.
 
     With a layout on several devices every one of them runs the method, on its own columns and its shards of the
@@ -27,6 +28,7 @@ def compiled(method: F, *, lead: int = 0) -> F:
     Args:
         method: Takes `self`, a pytree with a `layout`, and params-trees or small arrays; returns a params-tree.
         lead: Leading axes of the leaves that it returns.
+        groups: Is it asked about groups of weights? These may lie on several devices, so it answers on one only.
 
     Returns:
         The method, compiled once for each structure and shape.
@@ -37,6 +39,11 @@ def compiled(method: F, *, lead: int = 0) -> F:
         layout = self.layout
         if not isinstance(layout, ShardedLayout):
             return method(self, *args, **keywords)
+        if groups:
+            raise ValueError(
+                "Groups of weights are not answered for on several devices: gather the parameters onto one, or prune "
+                "layer by layer (woodjax.prune_layers)."
+            )
         given = tuple(_specs(layout, x) for x in args), {name: _specs(layout, x) for name, x in keywords.items()}
         return layout.run(
             lambda own, given: method(replace(own, layout=layout.view), *given[0], **given[1]),
@@ -156,5 +163,9 @@ def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Para
 
 
 def _inner(x: Params, y: Params) -> Float[Array, ""]:
-    products = jax.tree.map(lambda a, b: linalg.contract("i,i->", jnp.ravel(a), jnp.ravel(b)), x, y)
+    def product(a: Array, b: Array) -> Array:
+        axes = ascii_letters[: jnp.ndim(a)]  # not flattened: a leaf may be split along any of them
+        return linalg.contract(f"{axes},{axes}->", a, b)
+
+    products = jax.tree.map(product, x, y)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from woodjax.gradients import AllClassRows, LossRow, batch_size, check_apply
+from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import check_floating
 from woodjax.typing import ApplyFn, Batch, Params
 
 
+@on_any_axes
 def gauss_newton_diagonal(
     apply_fn: ApplyFn, params: Params, inputs: Batch, *, microbatch_size: int = 16, check: bool = True
 ) -> Params:

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Int, Key
 
 from woodjax.hessian._estimate import Signs, estimate
+from woodjax.placement import on_any_axes
 from woodjax.typing import Batch, LossFn, Params
 
 
@@ -17,6 +18,7 @@ class DiagonalEstimate(NamedTuple):
     probes: Int[Array, ""]  # used
 
 
+@on_any_axes
 def hutchinson_diagonal(
     loss_fn: LossFn,
     params: Params,

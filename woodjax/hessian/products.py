@@ -8,10 +8,12 @@ from jaxtyping import Array
 
 from woodjax.gradients import LossRow, batch_size
 from woodjax.hessian._loops import at_once, loop, micro_batch, zeros
+from woodjax.placement import on_any_axes
 from woodjax.tree import check_floating, check_like
 from woodjax.typing import Batch, LossFn, Params
 
 
+@on_any_axes
 def hvp(loss_fn: LossFn, params: Params, batch: Batch, vector: Params, *, microbatch_size: int | None = None) -> Params:
     """Hessian-vector product `Hv` of the mean loss: the forward derivative of its gradient.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from woodjax.hessian._estimate import Signs, estimate
+from woodjax.placement import on_any_axes
 from woodjax.tree import is_kernel, make_layout
 from woodjax.typing import Batch, LossFn, Params, Select
 
@@ -29,6 +30,7 @@ class AxisTraceEstimate(NamedTuple):
     probes: Int[Array, ""]  # used
 
 
+@on_any_axes
 def hutchinson_trace(
     loss_fn: LossFn,
     params: Params,
@@ -126,6 +128,7 @@ def hutchinson_trace(
     return TraceEstimate(put(means[:-1]), put(errors[:-1]), means[-1], errors[-1], moments.count)
 
 
+@on_any_axes
 def hutchinson_axis_traces(
     loss_fn: LossFn,
     params: Params,

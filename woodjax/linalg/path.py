@@ -8,10 +8,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from woodjax.linalg.dual import solve_whitened, whiten
-from woodjax.linalg.products import COLUMN_WINDOW, contract, lower_gram, mirror
+from woodjax.linalg.products import COLUMN_WINDOW, contract, lower_gram, mirror, total_over
 
 
-@partial(jax.jit, static_argnames="num_levels")
+@partial(jax.jit, static_argnames=("num_levels", "axes"))
 def path_losses(
     gradients: Float[Array, "m b"],
     damping: Float[Array, ""] | float,
@@ -19,6 +19,7 @@ def path_losses(
     levels: Int[Array, " b"],
     *,
     num_levels: int,
+    axes: tuple[str, ...] = (),
 ) -> Float[Array, " num_levels"]:
     """Loss change that the quadratic model predicts for the joint step at every level of a path.
 
@@ -32,6 +33,7 @@ def path_losses(
         weights: `w [b]`.
         levels: First level at which a weight is gone; `num_levels` or more: never.
         num_levels: Levels of the path, `L`.
+        axes: As in `gram`.
 
     Returns:
         `[L]`, in units of the loss, first-order term left out.
@@ -67,6 +69,7 @@ def path_losses(
         jnp.zeros((num_levels, m), jnp.promote_types(dtype, weights.dtype)),
         jnp.arange(0, b, width),
     )[0]
+    residuals = total_over(residuals, axes)
 
     def level(state: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], Array]:
         lower, done = state
@@ -78,7 +81,7 @@ def path_losses(
 
         lower, _ = lax.while_loop(lambda state: state[1] < survivors, add, (lower, done))
         residual = residuals[number]
-        whitener = whiten(mirror(lower), damping)
+        whitener = whiten(total_over(mirror(lower), axes), damping)
         along = contract("m,m->", residual, solve_whitened(whitener, residual))
         return (lower, survivors), whitener.damping * along
 
@@ -86,4 +89,4 @@ def path_losses(
     start = jnp.zeros((m, m), dtype), jnp.asarray(0)
     along = lax.scan(level, start, descending)[1][::-1]
     squares = jnp.sum(jnp.where(levels[:, None] <= jnp.arange(num_levels), (weights**2)[:, None], 0), axis=0)
-    return 0.5 * (jnp.asarray(damping) * squares + along)
+    return 0.5 * (jnp.asarray(damping) * total_over(squares, axes) + along)

@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import PyTree
 
@@ -21,12 +22,15 @@ def on_any_axes(function: F) -> F:
         function: Takes and returns pytrees, outside `jit`.
 
     Returns:
-        The function itself where no axis is explicit, and inside `jit`.
+        The function itself where no axis is explicit, and inside `jit`. Under `jax.set_mesh` of a mesh with explicit
+        axes what is made on the way lies there: then none of the arguments need to.
     """
 
     @wraps(function)
     def run(*args: Any, **keywords: Any) -> Any:
         meshes = {mesh for mesh in map(_explicit_mesh, jax.tree.leaves((args, keywords))) if mesh is not None}
+        if not meshes:
+            meshes = {mesh for mesh in (_context_mesh(),) if mesh is not None}
         if not meshes:
             return function(*args, **keywords)
         if len(meshes) > 1:
@@ -59,7 +63,13 @@ def _explicit_mesh(leaf: Any) -> Mesh | None:
     if isinstance(leaf, jax.core.Tracer) or not isinstance(getattr(leaf, "sharding", None), NamedSharding):
         return None
     mesh = leaf.sharding.mesh
-    return mesh if AxisType.Explicit in mesh.axis_types and mesh.size > 1 else None
+    return mesh if AxisType.Explicit in mesh.axis_types else None
+
+
+def _context_mesh() -> Mesh | None:
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return None
+    return _explicit_mesh(jnp.zeros(()))  # a tracer inside `jit`
 
 
 def _moved(tree: PyTree, start: Mesh, end: Mesh) -> PyTree:

@@ -79,7 +79,8 @@ def placement_of(params: PyTree, batch: PyTree = None, *, rows: bool = False) ->
         some = ", ".join(f"'{name}' on {dict(mesh.shape)}" for mesh, name in list(meshes.items())[:2])
         raise ValueError(f"Leaves lie on different meshes: {some}. Place all of them on one.")
     (mesh,) = meshes
-    examples = {_dims(leaf)[0] for leaf in jax.tree.leaves(batch) if leaf.ndim}
+    # What comes out of a compiled program does not name the axes of one device that it is split along.
+    examples = {_split(_dims(leaf)[0], mesh) for leaf in jax.tree.leaves(batch) if leaf.ndim}
     if len(examples) > 1:
         raise ValueError(
             f"Examples are split along {sorted(examples)}: place every leaf of the batch by the same axes, as "
@@ -88,7 +89,7 @@ def placement_of(params: PyTree, batch: PyTree = None, *, rows: bool = False) ->
     split = next(iter(examples), ())
     if rows:
         kinds = [_dims(leaf) for leaf in jax.tree.leaves(params)]
-        return Placement(mesh, tuple(LeafPlace(dims[1:], dims[0]) for dims in kinds), split)
+        return Placement(mesh, tuple(LeafPlace(dims[1:], _split(dims[0], mesh)) for dims in kinds), split)
     leaves = [_dims(leaf) for leaf in jax.tree.leaves(params)]
     return Placement(mesh, tuple(_leaf_place(dims, split) for dims in leaves), split)
 
@@ -109,6 +110,10 @@ def _leaf_place(dims: tuple[Axes, ...], split: Axes) -> LeafPlace:
     # Of a leaf that is split along an axis of the examples, a device has the gradients of its shard at all of them.
     used = {axis for dim in dims for axis in dim}
     return LeafPlace(dims, tuple(axis for axis in split if axis not in used))
+
+
+def _split(axes: Axes, mesh: Mesh) -> Axes:
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
 def _dims(leaf: Any) -> tuple[Axes, ...]:

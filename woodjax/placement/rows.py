@@ -156,6 +156,19 @@ def _all_true(params: PyTree, placement: Placement) -> PyTree:
     return as_params(jax.tree.map(lambda w: jnp.ones(w.shape, bool), params), placement)
 
 
+def place_rows(rows: PyTree, placement: Placement | None) -> PyTree:
+    """Something that each example has, such as a key, where the examples are.
+
+    Args:
+        rows: Leaves `[n, ...]`.
+        placement: Of the batch; None leaves them.
+
+    Returns:
+        The same, placed.
+    """
+    return rows if placement is None else jax.device_put(rows, batch_sharding(placement))
+
+
 def take_examples(batch: PyTree, indices: Int[Array, " k"], placement: Placement | None) -> PyTree:
     """Some examples of a batch, split over devices as the batch is. Examples travel, parameters do not.
 

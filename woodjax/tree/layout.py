@@ -139,6 +139,10 @@ class Layout:
         del specs
         return shapes
 
+    def tree_specs(self) -> PyTree:
+        """Specs of a params-tree: not split."""
+        return PartitionSpec()
+
     def gradient_specs(self) -> PyTree:
         """Specs of gradients: not split."""
         return PartitionSpec()

@@ -1,0 +1,95 @@
+"""One-shot pruning and refreshes of networks on a mesh, and what their programs send between devices."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mesh_cases as mc
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from mesh_cases import CASES, MeshCase, P, distance, same_place
+
+import woodjax as wj
+
+EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
+EXAMPLES = 80
+
+
+def loss(params, example):
+    """Cross-entropy of a small network that uses every leaf."""
+    x, y = example
+    hidden = jnp.tanh(x @ params["a"]["w"] + params["a"]["b"])
+    for layer in range(2):
+        hidden = hidden + jnp.tanh(hidden[:4] @ params["s"][layer]).sum()
+    return -jax.nn.log_softmax(hidden @ params["c"]["w"])[y]
+
+
+def examples():
+    rng = np.random.default_rng(2)
+    return rng.normal(size=(EXAMPLES, 8)).astype(np.float32), rng.integers(0, 4, EXAMPLES).astype(np.int32)
+
+
+def differing(found, expected):
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return sum(int((np.asarray(x) != np.asarray(y)).sum()) for x, y in pairs)
+
+
+SHOTS = {
+    "auto": {},
+    "keyed": {"stages": 2, "key": jax.random.key(3), "examples_per_gradient": 2},
+    "first order": {"stages": 2, "first_order": True},
+    "magnitude": {"curvature": None},
+}
+
+
+@pytest.mark.parametrize("shot", SHOTS)
+def test_one_shot_is_that_of_one_device(shot):
+    case = CASES["mixed"]
+    params, batch = case.params(mc.normal(0)), case.examples(examples())
+    expected = wj.prune_one_shot(loss, mc.normal(0), examples(), 0.6, **SHOTS[shot])
+    pruned, masks, info = wj.prune_one_shot(loss, params, batch, 0.6, **SHOTS[shot])
+    assert same_place(pruned, params)
+    assert same_place(masks, params)
+    assert differing(masks, expected[1]) == 0
+    assert distance(pruned, expected[0]) < 1e-5
+    np.testing.assert_allclose(info.loss_after, expected[2].loss_after, rtol=1e-5)
+
+
+LOOPS = {
+    "fsdp": (CASES["fsdp"], AUTO),
+    "mixed": (CASES["mixed"], AUTO),
+    "explicit": (MeshCase({"data": 4}, a=P("data"), c=P("data"), s=P(None, "data")), EXPLICIT),
+    "axis of one": (MeshCase({"data": 1, "block": 4}, a=P("data", "block"), c=P("block", "data")), AUTO),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_refresh_in_a_sharded_training(name):
+    case, kind = LOOPS[name]
+    transform = wj.prune_transform(optax.adam(1e-2))
+
+    @jax.jit
+    def step(params, state, batch):
+        gathered = jax.sharding.reshard(params, P()) if kind == EXPLICIT else params  # ZeRO-3, by hand
+        losses = lambda p: jnp.mean(jax.vmap(loss, (None, 0))(p, batch))  # noqa: E731
+        gradient = jax.grad(losses)(gathered)
+        updates, state = transform.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def train(params, batch):
+        state = jax.jit(transform.init)(params)
+        for _ in range(2):
+            params, state = step(params, state, batch)
+        params, state, info = wj.refresh(params, state, batch, 0.5, loss_fn=loss)
+        params, state = step(params, state, batch)
+        return params, state, info
+
+    expected, here, _ = train(mc.normal(0), examples())
+    del expected, here
