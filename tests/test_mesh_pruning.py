@@ -1,12 +1,5 @@
 """One-shot pruning and refreshes of networks on a mesh, and what their programs send between devices."""
 
-import json
-import os
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import mesh_cases as mc
@@ -78,7 +71,7 @@ def test_refresh_in_a_sharded_training(name):
     @jax.jit
     def step(params, state, batch):
         gathered = jax.sharding.reshard(params, P()) if kind == EXPLICIT else params  # ZeRO-3, by hand
-        losses = lambda p: jnp.mean(jax.vmap(loss, (None, 0))(p, batch))  # noqa: E731
+        losses = lambda p: jnp.mean(jax.vmap(loss, (None, 0))(p, batch))
         gradient = jax.grad(losses)(gathered)
         updates, state = transform.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
