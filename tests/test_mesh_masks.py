@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import mesh_cases as mc
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from mesh_cases import CASES, same_place
@@ -81,12 +81,12 @@ def test_what_was_pruned_stays_pruned(here, low, high):
     assert not any((m & ~b).any() for m, b in zip(jax.tree.leaves(found), jax.tree.leaves(before), strict=True))
 
 
-@FEW
+@pytest.mark.usefixtures("x64")
+@settings(FEW, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(here=scores(np.float64), sparsity=SPARSITIES)
 def test_float64(here, sparsity):
-    with jax.enable_x64(True):
-        nudged = jax.tree.map(lambda s: s * (1 + 1e-12 * np.arange(s.size).reshape(s.shape) % 7), here)
-        check(CASES["mixed"], nudged, sparsity)
+    nudged = jax.tree.map(lambda s: s * (1 + 1e-12 * np.arange(s.size).reshape(s.shape) % 7), here)
+    check(CASES["mixed"], nudged, sparsity)
 
 
 @FEW

@@ -88,10 +88,10 @@ def make_masks(
     check_sparsity(sparsity)
     if scope == "erdos_renyi" and isinstance(sparsity, Mapping):
         raise ValueError("sparsity is a mapping, which says what leaves get: pass scope='leaf' or 'global'.")
+    placement = placement_of(scores)
     names, leaves = ranked_leaves(scores, previous)
     shapes = tuple(leaf.shape[batch_axes:] for leaf in leaves)
     groups = sparsity_groups(sparsity, names)
-    placement = placement_of(leaves)
     if placement is None:
         marked, missing = mark_lowest(names, leaves, groups, HERE, scope=scope, floor=floor, shapes=shapes)
     else:

@@ -13,7 +13,7 @@ from woodjax.curvature import low_rank_fisher
 from woodjax.gradients import LossRow, batch_size, example_losses
 from woodjax.masks import Scope
 from woodjax.patterns import NM, Pattern
-from woodjax.placement import all_true, on_any_axes, placement_of, take_examples
+from woodjax.placement import all_true, on_any_axes, placed_like, placement_of, take_examples
 from woodjax.schedules import Path, check_stages
 from woodjax.sparsities import Sparsity, check_sparsity
 from woodjax.stages import Criterion, CurvatureFn, prune_stages
@@ -176,6 +176,7 @@ def prune_one_shot(
     if masks is None:
         masks = all_true(params, placement)
     check_like(masks, params, "masks")
+    given = params
     search = None if curvature is None else choose_search(method, damping_multiples, step, first_order=first_order)
     plan = choose_plan(
         target,
@@ -287,6 +288,7 @@ def prune_one_shot(
         before = params
         if on_stage is not None:
             on_stage(Stage(params, masks, info, tuple(infos), initial, plan.stages))
+    params, masks = placed_like((params, masks), (given, given))
     return params, masks, jax.tree.map(lambda *fields: jnp.stack(fields), *infos)
 
 

@@ -169,6 +169,27 @@ def place_rows(rows: PyTree, placement: Placement | None) -> PyTree:
     return rows if placement is None else jax.device_put(rows, batch_sharding(placement))
 
 
+def placed_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Arrays on a mesh with the very shardings of others, so that what was compiled for those takes them.
+
+    A compiled program names fewer axes than it was given: none of one device, and none at the end of a spec.
+
+    Args:
+        tree: Arrays.
+        like: Of the same structure.
+
+    Returns:
+        The same; as they are where the others are on no mesh, and inside `jit`.
+    """
+
+    def place(x: Any, other: Any) -> Any:
+        traced = isinstance(x, jax.core.Tracer) or isinstance(other, jax.core.Tracer)
+        sharding = None if traced else getattr(other, "sharding", None)
+        return jax.device_put(x, sharding) if isinstance(sharding, NamedSharding) else x
+
+    return jax.tree.map(place, tree, like)
+
+
 def take_examples(batch: PyTree, indices: Int[Array, " k"], placement: Placement | None) -> PyTree:
     """Some examples of a batch, split over devices as the batch is. Examples travel, parameters do not.
 

@@ -15,7 +15,7 @@ from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
 from woodjax.masks import Scope
 from woodjax.one_shot import OneShotInfo, prune_one_shot
-from woodjax.placement import on_any_axes
+from woodjax.placement import on_any_axes, placed_like
 from woodjax.schedules import Path, check_stages
 from woodjax.sparsities import Sparsity
 from woodjax.stages import Criterion, CurvatureFn, StageInfo, prune_stages
@@ -135,12 +135,13 @@ def refresh(
             return from_window(fisher, chosen.pop("window"), params, masks, **chosen)
         return refresh_masks(params, masks, measure_loss=measure_loss, **{"loss_fn": loss_fn} | chosen)
 
-    params, masks, info = automatic(run, (params, state.masks, state.info))(params, state.masks, arrays)
+    pruned, masks, info = automatic(run, (params, state.masks, state.info))(params, state.masks, arrays)
     info = info._replace(step=state.count)
     # No buffer twice in the state, and none that is handed out beside it: the state may be donated.
     kept = jax.tree.map(jnp.copy, info)
-    opt_state = replace_state(opt_state, lambda old: old._replace(masks=masks, info=kept))
-    return params, clean_moments(opt_state, masks), info._replace(step=jnp.copy(state.count))
+    new_state = clean_moments(replace_state(opt_state, lambda old: old._replace(masks=masks, info=kept)), masks)
+    where = placed_like((pruned, new_state), (params, opt_state))
+    return *where, info._replace(step=jnp.copy(state.count))
 
 
 def refresh_masks(
