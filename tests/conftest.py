@@ -7,8 +7,8 @@ from pathlib import Path
 # Nearly all of the time of the tests goes into compiling small programs. LLVM's expensive passes change no semantics;
 # set it to 0 to test with them. In the environment, before JAX is imported, so that jobs of their own see it too.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# Eight devices on one CPU for the tests of meshes; all others use the first. Programs of several devices that run at the
-# same time would wait for each other's threads: one after another.
+# Eight devices on one CPU for the tests of meshes; all others use the first. Programs of several devices that run at
+# the same time would wait for each other's threads: one after another.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 

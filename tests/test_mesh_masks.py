@@ -12,7 +12,7 @@ from mesh_cases import CASES, same_place
 
 import woodjax as wj
 
-FEW = settings(max_examples=6)
+FEW = settings(max_examples=4)
 SPARSITIES = st.sampled_from([0.0, 0.1, 0.33, 0.5, 0.77, 1.0]) | st.floats(0, 1)
 OPTIONS = {
     "global": {},

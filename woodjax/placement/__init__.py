@@ -15,7 +15,15 @@ single columns or blocks is answered where they are, and only sums travel.
 from woodjax.placement.explicit import on_any_axes
 from woodjax.placement.layout import ShardedLayout, ShardView, sharded_layout
 from woodjax.placement.mesh import LeafPlace, Placement, batch_sharding, placement_of
-from woodjax.placement.rows import Microbatches, all_true, as_gradients, as_params, place_rows, placed_like, take_examples
+from woodjax.placement.rows import (
+    Microbatches,
+    all_true,
+    as_gradients,
+    as_params,
+    place_rows,
+    placed_like,
+    take_examples,
+)
 
 __all__ = [
     "LeafPlace",
