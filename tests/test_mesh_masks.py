@@ -84,9 +84,12 @@ def test_what_was_pruned_stays_pruned(here, low, high):
 @FEW
 @given(here=scores(np.float64), sparsity=SPARSITIES)
 def test_float64(here, sparsity):
-    with jax.enable_x64(True):
-        nudged = jax.tree.map(lambda s: s * (1 + 1e-12 * np.arange(s.size).reshape(s.shape) % 7), here)
+    nudged = jax.tree.map(lambda s: s * (1 + 1e-12 * (np.arange(s.size).reshape(s.shape) % 7)), here)
+    jax.config.update("jax_enable_x64", True)
+    try:
         check(CASES["mixed"], nudged, sparsity)
+    finally:
+        jax.config.update("jax_enable_x64", False)
 
 
 @FEW
