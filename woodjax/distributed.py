@@ -34,8 +34,8 @@ def fail_together() -> Iterator[None]:
     """
     try:
         yield
-    except (Exception, KeyboardInterrupt):
-        if jax.process_count() == 1:
+    except BaseException as error:
+        if jax.process_count() == 1 or (isinstance(error, SystemExit) and not error.code):
             raise
         traceback.print_exc()
         sys.stdout.flush()

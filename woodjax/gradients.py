@@ -407,7 +407,8 @@ def _map_rows(
         return lax.map(lambda row: row_fn(params, row), rows, batch_size=microbatch_size)
     # Outside jit the loop runs on the host, into one donated buffer. XLA's CPU backend runs the gradient of a
     # convolution inside a compiled loop by a naive kernel, many times slower than the same outside one.
-    row_shapes = jax.eval_shape(row_fn, params, jax.tree.map(lambda x: x[0], rows))
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)  # no row leaves its device
+    row_shapes = jax.eval_shape(row_fn, params, row)
     result = _empty_rows(size, jax.tree.structure(row_shapes), tuple(jax.tree.leaves(row_shapes)), placement)
     for start in cut.starts:
         result = _fill_rows(result, params, rows, start, row_fn=row_fn, cut=cut, placement=placement)

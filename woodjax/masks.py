@@ -269,8 +269,9 @@ def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
     """
     check_like(masks, scores, "masks")
     pairs = list(zip(jax.tree.leaves(masks), jax.tree.leaves(scores), strict=True))
-    pruned = sum(jnp.sum(~mask) for mask, _ in pairs)
-    counted = sum(jnp.sum(~jnp.isposinf(score) | ~mask) for mask, score in pairs)
+    # Of a leaf in integers, together in floats: there may be more than 2³¹.
+    pruned = sum(jnp.sum(~mask).astype(jnp.float32) for mask, _ in pairs)
+    counted = sum(jnp.sum(~jnp.isposinf(score) | ~mask).astype(jnp.float32) for mask, score in pairs)
     return pruned / jnp.maximum(counted, 1)
 
 

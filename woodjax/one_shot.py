@@ -296,7 +296,7 @@ def _lost(masks: Masks) -> float | Array:
     # Sparsity over all kernels: which of them count is known only when they are scored.
     leaves = [mask for mask in jax.tree.leaves(masks) if jnp.ndim(mask) >= 2]
     size = sum(mask.size for mask in leaves)
-    return 1 - sum(jnp.sum(mask) for mask in leaves) / size if size else 0.0
+    return 1 - sum(jnp.sum(mask).astype(jnp.float32) for mask in leaves) / size if size else 0.0
 
 
 def _check_resume(stage: Stage, params: Params, plan: Plan) -> None:

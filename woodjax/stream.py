@@ -85,16 +85,16 @@ class GradientStream:
 
     def fold(
         self,
-        step: Callable[[State, Any, Int[Array, ""], Bool[Array, " k"]], State],
+        step: Callable[[State, Any, Int[Array, " k"], Bool[Array, " k"]], State],
         state: State,
         row: Callable[[Params, Batch], Any] | None = None,
     ) -> State:
         """Build something up from the rows, a micro-batch at a time.
 
         Args:
-            step: `step(state, gradients, first, fresh)`: leaves `[k, *leaf.shape]` are rows `first` to
-                `first + k`; those that are not `fresh` were seen before, in the last micro-batch. Pass the
-                same function again to reuse what was compiled.
+            step: `step(state, gradients, numbers, fresh)`: leaves `[k, *leaf.shape]` are the rows of these numbers;
+                those that are not `fresh` were seen before, in the last micro-batch. Pass the same function again
+                to reuse what was compiled.
             state: What to begin with. Its memory is taken over: do not use it again.
             row: What to compute for a row instead of its masked gradient: `row(params, examples_of_the_row)`.
 
@@ -284,10 +284,10 @@ class _Write:
     placement: Placement | None
 
     def __call__(
-        self, result: Gradients, gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]
+        self, result: Gradients, gradients: Gradients, numbers: Int[Array, " k"], fresh: Bool[Array, " k"]
     ) -> Gradients:
         del fresh
-        start = first * self.cut.split
+        start = self.cut.start_of(numbers)
         return as_gradients(jax.tree.map(lambda x, g: self.cut.put(x, g, start), result, gradients), self.placement)
 
 
@@ -302,8 +302,8 @@ def _empty_sums(params: Params, placement: Placement | None) -> Params:
     return as_params(wide, placement)
 
 
-def _add_squares(sums: Params, rows: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Params:
-    del first
+def _add_squares(sums: Params, rows: Gradients, numbers: Int[Array, " k"], fresh: Bool[Array, " k"]) -> Params:
+    del numbers
 
     def add(total: Array, row: Array) -> Array:
         squares = jnp.square(row.reshape(len(row), -1, *total.shape).astype(total.dtype)).mean(axis=1)
@@ -325,14 +325,14 @@ def _fold_step(
     row: Callable[[Params, Batch], Any] | None,
     stream: _Static,
 ) -> Any:
-    chunk, first, fresh = stream.cut.take(rows, start)
+    chunk, numbers, fresh = stream.cut.take(rows, start)
     with jax.default_matmul_precision(stream.precision):
         gradients = jax.vmap(row or loss_row, in_axes=(None, 0))(params, chunk)
     if masks is not None and row is None:
         gradients = apply_masks(gradients, masks)
     if row is None:
         gradients = as_gradients(gradients, stream.placement)
-    return step(state, gradients, first, fresh)
+    return step(state, gradients, numbers, fresh)
 
 
 @partial(jax.jit, static_argnames="stream", donate_argnums=0)

@@ -83,7 +83,7 @@ class _AddTaps:
         self,
         sums: list[State],
         found: tuple[Gradients, dict[int, Tap]],
-        first: Int[Array, ""],
+        numbers: Int[Array, " k"],
         fresh: Bool[Array, " k"],
     ) -> list[State]:
         def only_fresh(rows: Array) -> Array:

@@ -165,7 +165,9 @@ class BlockSums(Accumulator):
             gradients = jax.tree.map(lambda g: jnp.where(fresh.reshape(-1, *(1,) * (g.ndim - 1)), g, 0), gradients)
         specs = (layout.gradient_specs(),), layout.spread(0)
         new = layout.run(partial(layout.view.sums, outer=_outer_sums), *specs)(gradients)
-        return replace(self, sums=self.sums + new, count=self.count + (k if fresh is None else jnp.sum(fresh)))
+        return replace(
+            self, sums=self.sums + new, count=self.count + (k if fresh is None else jnp.sum(fresh, dtype=jnp.int32))
+        )
 
     def _merged(self, other: Self) -> Self:
         return replace(self, sums=self.sums + other.sums, count=self.count + other.count)

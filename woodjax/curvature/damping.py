@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, after, map_blocks, map_chunks
@@ -98,9 +98,14 @@ def mean_diagonal(squares: Float[Array, "..."], axes: tuple[str, ...] = ()) -> F
         `2n` flops.
     """
     live = (squares > 0) & jnp.isfinite(squares)  # a broken leaf must not take the damping of the others along
-    count = linalg.total_over(jnp.sum(live), axes)
+    count = _count(live, axes)
     total = linalg.total_over(jnp.sum(jnp.where(live, squares, 0)), axes)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), 1.0)
+
+
+def _count(live: Bool[Array, "..."], axes: tuple[str, ...]) -> Float[Array, ""]:
+    # In floats, but for the last axis: there may be more than 2³¹.
+    return linalg.total_over(jnp.sum(jnp.sum(live, axis=-1, dtype=jnp.int32), dtype=jnp.float32), axes)
 
 
 @jax.jit
@@ -238,7 +243,7 @@ def resolve_damping(
             )
         diagonal = squares()
         sound = jnp.isfinite(diagonal).all(axis=-1, keepdims=True)
-        live = linalg.total_over(jnp.sum((diagonal > 0) & sound), axes)
+        live = _count((diagonal > 0) & sound, axes)
         return most_likely_damping(spectrum(live), mean_diagonal(diagonal, axes))
     return number
 

@@ -337,7 +337,8 @@ def low_rank_fisher(
         (state,) = accumulate(
             gradients, (GradientRows.empty(layout, gradients.num_rows, wide_dtype(gradients.params)),)
         )
-        return _factor(layout, state.rows, damping)
+        rows = gradients.microbatches.in_order(state.rows) if isinstance(damping, str) else state.rows
+        return _factor(layout, rows, damping)
     return _factor(layout, _to_rows(gradients, layout=layout), damping)
 
 

@@ -1,5 +1,6 @@
 """The questions that every curvature answers, and the one thing they all derive from them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -15,6 +16,8 @@ from woodjax import linalg
 from woodjax.placement import ShardedLayout, on_any_axes
 from woodjax.tree import Layout, check_like
 from woodjax.typing import Groups, Masks, Params, Updates
+
+SMALL = ("multiples", "groups", "target")  # arguments of curvatures that are no params-trees: the same on all devices
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +36,7 @@ def compiled(method: F, *, lead: int = 0, groups: bool = False) -> F:
     Returns:
         The method, compiled once for each structure and shape.
     """
+    signature = inspect.signature(method)
 
     @wraps(method)
     def run(self: Any, *args: Any, **keywords: Any) -> Any:
@@ -44,18 +48,18 @@ def compiled(method: F, *, lead: int = 0, groups: bool = False) -> F:
                 "Groups of weights are not answered for on several devices: gather the parameters onto one, or prune "
                 "layer by layer (woodjax.prune_layers)."
             )
-        given = tuple(_specs(layout, x) for x in args), {name: _specs(layout, x) for name, x in keywords.items()}
+        bound = signature.bind(self, *args, **keywords).arguments
+        given = {name: x for name, x in bound.items() if name != "self"}
+        specs = {
+            name: PartitionSpec() if x is None or name in SMALL else layout.tree_specs() for name, x in given.items()
+        }
         return layout.run(
-            lambda own, given: method(replace(own, layout=layout.view), *given[0], **given[1]),
-            (self.shard_specs(), given),
+            lambda own, given: method(replace(own, layout=layout.view), **given),
+            (self.shard_specs(), specs),
             layout.tree_specs(lead),
-        )(self, (args, keywords))
+        )(self, given)
 
     return cast(F, on_any_axes(jax.jit(run)))
-
-
-def _specs(layout: ShardedLayout, argument: Any) -> Any:
-    return layout.tree_specs() if jax.tree.structure(argument) == layout.treedef else PartitionSpec()
 
 
 @runtime_checkable

@@ -191,7 +191,7 @@ class _AddRows:
 
     numbers: tuple[int, ...]
 
-    def __call__(self, sums: Sums, found: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]) -> Sums:
+    def __call__(self, sums: Sums, found: Gradients, numbers: Int[Array, " k"], fresh: Bool[Array, " k"]) -> Sums:
         gradients, taps = found
         leaves = jax.tree.leaves(gradients)
         return [

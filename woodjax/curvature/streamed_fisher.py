@@ -228,16 +228,16 @@ class _FillWindow:
     cut: Microbatches
 
     def __call__(
-        self, state: tuple[Array, Array], gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]
+        self, state: tuple[Array, Array], gradients: Gradients, numbers: Int[Array, " k"], fresh: Bool[Array, " k"]
     ) -> tuple[Array, Array]:
         del fresh  # rows that were seen before are written over themselves
         columns, start = state
 
-        def fill(columns: Array, gradients: Gradients, start: Array, first: Array) -> Array:
+        def fill(columns: Array, gradients: Gradients, start: Array, numbers: Array) -> Array:
             width = columns.shape[1]
             wanted = self.layout.view.window(gradients, _span(self.layout, start, width)[0], width)
-            return self.cut.put(columns, wanted.astype(columns.dtype), first * self.cut.split)
+            return self.cut.put(columns, wanted.astype(columns.dtype), self.cut.start_of(numbers))
 
         here, own = PartitionSpec(), self.layout.spread(1)
         run = self.layout.run(fill, (own, self.layout.gradient_specs(), here, here), own)
-        return run(columns, gradients, start, first), start
+        return run(columns, gradients, start, numbers), start

@@ -205,20 +205,20 @@ def _add_in_turn(states: tuple[S, ...], gradients: Gradients) -> tuple[S, ...]:
 
 
 def add_microbatch(
-    states: tuple[S, ...], gradients: Gradients, first: Int[Array, ""], fresh: Bool[Array, " k"]
+    states: tuple[S, ...], gradients: Gradients, numbers: Int[Array, " k"], fresh: Bool[Array, " k"]
 ) -> tuple[S, ...]:
     """One step of the fold that `accumulate` makes of a stream.
 
     Args:
         states: As in `accumulate`.
         gradients: Leaves `[k, *leaf.shape]`.
-        first: Number of the first row.
+        numbers: Of the rows.
         fresh: Rows that were not seen before.
 
     Returns:
         The new states.
     """
-    return _in_turn(states, gradients, first + jnp.arange(fresh.shape[0]), fresh)
+    return _in_turn(states, gradients, numbers, fresh)
 
 
 def _in_turn(

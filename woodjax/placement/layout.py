@@ -90,7 +90,7 @@ class ShardedLayout(Layout):
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axis: int) -> Shaped[Array, "..."]:
         """Zeros that are split over all devices along one axis."""
         placed = NamedSharding(self.placement.mesh, self.spread(axis))
-        return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=placed)()
+        return _zeros(shape, dtype, placed)
 
     def placed(self, shapes: PyTree, specs: PyTree) -> PyTree:
         """Shapes of arrays with their shardings."""
@@ -236,6 +236,11 @@ class ShardView(Layout):
         if pieces.ndim == 3:
             return jnp.take(pieces, _index(share.rows), axis=0)
         return _to_owners(pieces, share.rows)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: DTypeLike, placed: NamedSharding) -> Array:
+    return lax.with_sharding_constraint(jnp.zeros(shape, dtype), placed)
 
 
 @partial(jax.jit, static_argnums=(1, 2))

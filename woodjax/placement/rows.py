@@ -53,7 +53,7 @@ class Microbatches:
         """The first row of every micro-batch, among those of one device times their number."""
         return range(0, self.size, self.at_once)
 
-    def take(self, rows: PyTree, start: Int[Array, ""] | int) -> tuple[PyTree, Array, Bool[Array, " k"]]:
+    def take(self, rows: PyTree, start: Int[Array, ""] | int) -> tuple[PyTree, Int[Array, " k"], Bool[Array, " k"]]:
         """One micro-batch.
 
         Args:
@@ -61,11 +61,13 @@ class Microbatches:
             start: One of `starts`.
 
         Returns:
-            Leaves `[at_once, ...]`, the first row where there is one device, and which rows were not seen before.
+            Leaves `[at_once, ...]`, the numbers of its rows, and which of them were not seen before.
         """
         first = self._first(start)
+        starts = jnp.arange(self.split) * (self.size // self.split) + first
+        numbers = (starts[:, None] + jnp.arange(self.at_once // self.split)).reshape(-1)
         fresh = jnp.tile(first + jnp.arange(self.at_once // self.split) >= start // self.split, self.split)
-        return jax.tree.map(lambda x: self._slice(x, first), rows), first, fresh
+        return jax.tree.map(lambda x: self._slice(x, first), rows), numbers, fresh
 
     def put(self, result: Shaped[Array, "size *rest"], part: Shaped[Array, "k *rest"], start: Any) -> Array:
         """Write what was computed for a micro-batch where its rows are.
@@ -82,6 +84,17 @@ class Microbatches:
             return lax.dynamic_update_slice_in_dim(result, part, self._first(start), 0)
         view, some = self._by_device(result), self._by_device(part)
         return lax.dynamic_update_slice_in_dim(view, some, self._first(start), 1).reshape(result.shape)
+
+    def start_of(self, numbers: Int[Array, " k"]) -> Int[Array, ""]:
+        """The start of the micro-batch whose rows have these numbers."""
+        return numbers[0] * self.split
+
+    def in_order(self, rows: Shaped[Array, "size *rest"]) -> Shaped[Array, "size *rest"]:
+        """Rows that were appended a micro-batch after another, in the order of the examples."""
+        if self.split == 1:
+            return rows
+        by_batch = rows.reshape(len(self.starts), self.split, -1, *rows.shape[1:])
+        return jnp.swapaxes(by_batch, 0, 1).reshape(rows.shape)
 
     def _first(self, start: Int[Array, ""] | int) -> Array:
         return jnp.minimum(start // self.split, (self.size - self.at_once) // self.split)
