@@ -24,7 +24,7 @@ from scale_cases import CURVATURES, LAYOUTS, SPARSITY, network, place, prune
 import woodjax as wj
 
 HERE = Path(__file__).parent
-EXAMPLES = 128
+EXAMPLES, FEW = 128, 8
 THREADS = "64"  # of XLA, so that devices on one CPU do not wait for each other's
 WIRE_WIDTH = 64
 ROWS = 16  # of the curve over sizes
@@ -77,14 +77,12 @@ def child(*arguments: object, environment: dict[str, str] | None = None) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def wires(record: Recorder, cases: list[tuple[str, str]], width: int) -> None:
+def wires(record: Recorder, cases: list[tuple[str, str]]) -> None:
     """Bytes sent against the cost model, and gathers."""
-    d = sum(leaf.size for leaf in jax.tree.leaves(network(width, 1)[0]))
+    d = sum(leaf.size for leaf in jax.tree.leaves(network(WIRE_WIDTH, 1)[0]))
     for layout_name, curvature in cases:
         layout = LAYOUTS[layout_name]
-        with tempfile.TemporaryDirectory() as folder:
-            flags = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text", "NPROC": THREADS}
-            found = child("wire", layout_name, curvature, width, EXAMPLES, folder, environment=flags)
+        found = compiled(layout_name, curvature, WIRE_WIDTH, EXAMPLES)
         block_size = None if curvature == "whole network" else CURVATURES[curvature].keywords["block_size"]
         split = any(layout.kernels)
         fsdp = split and "block" not in layout.axes
@@ -99,9 +97,18 @@ def wires(record: Recorder, cases: list[tuple[str, str]], width: int) -> None:
             record.add("collective_bytes_ratio", ratio, "ratio", method=curvature, column=None, config=config)
             print(f"{layout_name}, {curvature}: {ratio:.3f} of the model's {cost.wire_bytes:,.0f} bytes", flush=True)
         if fsdp or layout.data_devices == 1:  # every parameter on one device only: nothing may be gathered
-            gathers = found["gathers"]
+            few = compiled(layout_name, curvature, 2 * WIRE_WIDTH, FEW)  # Gram matrices are smaller than a kernel
+            config = {"layout": layout_name, "rows": FEW, "largest": few["largest_gather"]}
+            gathers = few["gathers"]
             record.add("parameter_gathers", gathers, "count", method=curvature, column=None, config=config)
             print(f"{layout_name}, {curvature}: {gathers} gathers", flush=True)
+
+
+def compiled(layout_name: str, curvature: str, width: int, examples: int) -> dict[str, Any]:
+    """What the programs of a pruning send, from XLA's dumps of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text", "NPROC": THREADS}
+        return child("wire", layout_name, curvature, width, examples, folder, environment=flags)
 
 
 def curves(record: Recorder, widths: list[int], rows: list[int]) -> None:
@@ -137,28 +144,25 @@ def wire_cases(quick: bool) -> Iterator[tuple[str, str]]:
 def main() -> int:
     """Measure."""
     pin_blas()
-    args = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--parts", default="equality,processes,wires,curves", help="which of these to measure")
+    args = options.parse_args()
     os.environ.setdefault("NPROC", THREADS)
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    record = Recorder(args.json, "scale", "three kernels", "random")
+    record, parts = Recorder(args.json, "scale", "three kernels", "random"), args.parts.split(",")
     for seed in seeds(args.seeds):
-        equality(record, 32 if args.quick else 64, seed, args.quick)
+        if "equality" in parts:
+            equality(record, 32 if args.quick else 64, seed, args.quick)
     for precision in ([], ["--x64"]):
-        command = [
-            sys.executable,
-            str(HERE / "multihost.py"),
-            "--processes",
-            "2",
-            "--devices",
-            "2",
-            "--json",
-            str(args.json),
-        ]
-        subprocess.run([*command, *precision, *["--quick"] * args.quick], timeout=900, check=True)
-    wires(record, list(wire_cases(args.quick)), WIRE_WIDTH)
+        command = [sys.executable, HERE / "multihost.py", "--processes", "2", "--devices", "2", "--json", args.json]
+        if "processes" in parts:
+            subprocess.run([*map(str, command), *precision, *["--quick"] * args.quick], timeout=900, check=True)
+    if "wires" in parts:
+        wires(record, list(wire_cases(args.quick)))
     widths = [224, 448, 896] if args.quick else [224, 448, 896, 1792, 3872]
-    curves(record, widths, [16, 64] if args.quick else [16, 32, 64, 128, 256])
+    if "curves" in parts:
+        curves(record, widths, [16, 64] if args.quick else [16, 32, 64, 128, 256])
     return 0
 
 

@@ -33,15 +33,14 @@ def wire(layout_name: str, curvature: str, width: int, examples: int, folder: Pa
     for file in sorted(set(folder.iterdir()) - before):
         if not file.name.endswith("cpu_after_optimizations.txt"):
             continue
-        text = file.read_text()
-        found = wj.collectives(text)
+        found = wj.collectives(file.read_text())
         total = sum(map(wj.wire_bytes, found))
-        if f".{OWN}." in file.name:
-            own += total
-            continue
-        sent += total
+        of_model = f".{OWN}." in file.name
+        own, sent = (own + total, sent) if of_model else (own, sent + total)
+        if of_model and layout.axes == ("data",):
+            continue  # FSDP: the model gathers its weights to compute a gradient
         for one in found:
-            if one.kind == "all-gather":
+            if one.kind in ("all-gather", "all-reduce", "collective-broadcast"):
                 largest = max(largest, one.result_bytes)
                 gathers += one.result_bytes >= smallest
     return {"wire_bytes": sent, "gathers": gathers, "largest_gather": largest, "gradient_bytes": own}

@@ -22,8 +22,8 @@ the memory, and not what a model sends while it computes a gradient. Work of one
 pass, of an image of 224 × 224 for ResNet-50 (4.1 GMAC) and ViT-L/16 (61.6 GMAC), of 2,048 tokens for the 7B decoder.
 
 *data × others*: devices among which examples are divided, times those among which parameters are. *window*: columns
-that a device holds at once where it cannot hold all; *passes*: how often every gradient is computed for that. *GB at
-once*: the peak of one pass, without windows. *gradients travel*: rows go to the owners of their blocks, which then
+that a device holds at once where it cannot hold all, of the whole network only; *passes*: how often every gradient is
+computed for that. *GB at once*: the peak of one pass, without windows. *gradients travel*: rows go to the owners of their blocks, which then
 add them up; without it, sums of outer products do. The first is the cheaper where
 `m/D < b`. Seconds and GB are those of one device.
 
@@ -79,8 +79,9 @@ def best(
         try:
             found.append((wj.fitting_cost(network.d, ROWS, *machine, **options), whole.peak_bytes))
         except ValueError:
+            found.append((whole, whole.peak_bytes))
             break  # so many rows are too many
-    return min(found, key=lambda pair: pair[0].seconds)
+    return min(found, key=lambda pair: (not pair[0].fits, pair[0].seconds))
 
 
 def main() -> int:

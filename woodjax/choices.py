@@ -94,7 +94,7 @@ def choose_plan(
         The plan.
 
     Raises:
-        ValueError: More examples asked for than there are.
+        ValueError: More examples asked for than there are; numbers that the devices do not divide.
     """
     aside = _held_out(examples) if held_out == "auto" else held_out
     if not searching and held_out == "auto":
@@ -119,9 +119,16 @@ def choose_plan(
     else:
         s = examples_per_gradient
         rows = available // s if s > 0 and available % s == 0 else 0
+    if rows < 1 and available < devices:
+        raise ValueError(f"{available} examples for {devices} devices: pass at least one for each, or fewer devices.")
     if rows < 1:
         raise ValueError(
             f"{available} examples cannot be averaged in groups of examples_per_gradient={s}: pass a divisor."
+        )
+    if aside % devices or rows % devices:
+        raise ValueError(
+            f"{rows} rows and {aside} held-out examples cannot be split evenly over {devices} devices: pass multiples "
+            f"of {devices}, or leave examples_per_gradient, examples_per_stage and held_out to be chosen."
         )
     return Plan(
         stages_for(sparsity, first_order=first_order, reached=reached) if stages == "auto" else stages, rows, s, aside

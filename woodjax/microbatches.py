@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from woodjax.gradients import LossRow, batch_size, group_examples
-from woodjax.placement import on_any_axes
+from woodjax.placement import on_any_axes, placement_of
 from woodjax.typing import Batch, Gradients, LossFn, Params
 
 
@@ -32,7 +32,8 @@ def microbatch_for(
         remat: As in `per_example_gradients`.
 
     Returns:
-        All rows, or the largest power of two that fits by a line through two sizes, checked by compiling it.
+        All rows, or the largest power of two that fits by a line through two sizes, checked by compiling it. Of
+        examples that are split over devices, that of one device times their number; parameters count as if whole.
 
     Raises:
         ValueError: Not even one row fits; a backend that does not say how much memory a program takes; examples of
@@ -48,8 +49,10 @@ def microbatch_for(
         64
     """
     group = partial(group_examples, examples_per_gradient=examples_per_gradient)
+    placement = placement_of(params, batch)
+    devices = 1 if placement is None else placement.size(placement.batch)
     params, rows = jax.eval_shape(lambda p, x: (p, group(x)), params, batch)
-    loss_row, most = LossRow(loss_fn, examples_per_gradient > 1, remat=remat), batch_size(rows)
+    loss_row, most = LossRow(loss_fn, examples_per_gradient > 1, remat=remat), batch_size(rows) // devices
     bytes_of = partial(_step_bytes, loss_row, params, rows)
     one = bytes_of(1)
     if one > memory_budget:
@@ -57,13 +60,13 @@ def microbatch_for(
         raise ValueError(f"One row takes {one} bytes, memory_budget is {memory_budget}: pass more{mend}.")
     few = min(4, most)
     if few == 1:
-        return 1
+        return devices
     each = (bytes_of(few) - one) / (few - 1)
     guess = most if each <= 0 else min(most, int(1 + (memory_budget - one) / each))
     size = guess if guess == most else 1 << (guess.bit_length() - 1)
     while size > 1 and bytes_of(size) > memory_budget:
         size = 1 << ((size - 1).bit_length() - 1)
-    return size
+    return size * devices
 
 
 def _step_bytes(loss_row: LossRow, params: Params, rows: Batch, size: int) -> int:

@@ -141,15 +141,17 @@ def prune_one_shot(
             groups of a pattern that are not finite raise in either case.
         on_stage: Called on the host with the network after each stage: for progress and
             checkpoints.
-        resume: What `on_stage` was handed after the last stage of a run that was stopped: it goes on to the same bits.
-            All other arguments are those of that run, `params` and `masks` too. `StageCheckpoints` keeps it on disk.
+        resume: What `on_stage` was handed after the last stage of a run that was stopped. With the arguments of that run
+            it goes on to the same bits; stages, rows and shapes are compared, other arguments are not. `StageCheckpoints`
+            keeps it on disk.
 
     Returns:
         Pruned parameters (pruned weights are exactly zero), masks, and what was done.
 
     Raises:
         ValueError: `first_order` with nothing held out that keeps it in bounds; bad sparsity, stages, batch, loss or
-            masks; scores or updates that are not finite (outside `jit`), naming the leaves; `resume` of another run.
+            masks; scores or updates that are not finite (outside `jit`), naming the leaves; `resume` with other stages,
+            rows or shapes.
 
     Cost:
         For each stage a backward pass for each of its examples (up to 8,000), flops and memory of the curvature (for

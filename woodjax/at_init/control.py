@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from woodjax.placement import on_any_axes
 from woodjax.tree import check_bool, is_kernel, make_layout
 from woodjax.typing import Masks, Select
 
 
+@on_any_axes
 def shuffle_masks(masks: Masks, key: Key[Array, ""], *, select: Select = is_kernel) -> Masks:
     """Masks that keep as many weights of every leaf, but random ones.
 

@@ -13,8 +13,8 @@ single columns or blocks is answered where they are, and only sums travel.
 """
 
 from woodjax.placement.explicit import on_any_axes
-from woodjax.placement.layout import ShardedLayout, ShardView, sharded_layout
-from woodjax.placement.mesh import LeafPlace, Placement, batch_sharding, placement_of
+from woodjax.placement.layout import ShardedLayout, sharded_layout
+from woodjax.placement.mesh import Placement, placement_of
 from woodjax.placement.rows import (
     Microbatches,
     all_true,
@@ -26,15 +26,12 @@ from woodjax.placement.rows import (
 )
 
 __all__ = [
-    "LeafPlace",
     "Microbatches",
     "Placement",
-    "ShardView",
     "ShardedLayout",
     "all_true",
     "as_gradients",
     "as_params",
-    "batch_sharding",
     "on_any_axes",
     "place_rows",
     "placed_like",

@@ -75,33 +75,32 @@ def by_sums(s: Sharding, *, gradients_travel: bool) -> tuple[list[Draft], int, f
         As `by_columns`.
     """
     b = s.block_size or 1
-    times = 2 if s.windowed else 1
-    inverse = FLOAT * s.window_columns * b
-    rows = FLOAT * s.m * s.window_columns
-    operand = FLOAT * s.shared * b // s.windows
+    inverse = FLOAT * s.columns * b
+    rows = FLOAT * s.m * s.columns
+    operand = FLOAT * s.shared * b
     vectors = 3 * FLOAT * s.columns
     every, seen = FLOAT * s.columns * b, FLOAT * s.rows * s.shared
     damping = (_reduced(2 * FLOAT, s.devices, "damping"),)
     if gradients_travel:
-        held, before, sent = rows, _to_owners(s, times, rows), ()
+        held, before, sent = rows, _to_owners(s, 1, rows), ()
         traffic, memory = every + seen, held + inverse
     else:
         result = operand // s.data_devices
         split = s.data_devices > 1
-        sent = (Collective("reduce-scatter", operand, result, s.data_devices, times * s.windows, "sums"),) * split
+        sent = (Collective("reduce-scatter", operand, result, s.data_devices, 1, "sums"),) * split
         held, before = operand, []
         traffic = s.steps * 2 * FLOAT * s.shared * b + seen
         memory = held + inverse * split + s.microbatch_bytes
     drafts = [
         *before,
-        Draft("sums", times * 2 * s.rows * s.shared * b, times * traffic, sent, memory),
-        Draft("factor", times * 2 * s.columns * b * b, times * 3 * every, damping, 3 * inverse + vectors),
+        Draft("sums", 2 * s.rows * s.shared * b, traffic, sent, memory),
+        Draft("factor", 2 * s.columns * b * b, 3 * every, damping, 3 * inverse + vectors),
         Draft("scores", s.columns, every, (), inverse + vectors),
         _threshold(s, inverse),
         Draft("update", s.columns * (b * b / 3 + 6 * b), 2 * every, (), 2 * inverse + vectors),
         _back(s, inverse),
     ]
-    return drafts, times * s.windows, max(held, inverse)
+    return drafts, 1, max(held, inverse)
 
 
 def _to_owners(s: Sharding, times: int, held: float) -> list[Draft]:

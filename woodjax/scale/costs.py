@@ -113,8 +113,8 @@ def scaling_cost(
         data_devices: Devices among which the examples are divided, `D`, a divisor of `N`. None for all.
         block_size: Coordinates in a block `b`; None for the whole network.
         window: Columns that a device holds at once, computing gradients again for every window; None to hold all. For
-            the whole network, windows are made three times: for the Gram matrix, for the diagonal and for the
-            survivors' Gram matrix; for blocks twice, for scores and for the update.
+            the whole network only. Windows are made three times: for the Gram matrix, for the diagonal and for the
+            survivors' Gram matrix.
         exchange: What travels for blocks with `m > b`: `"sums"` of outer products, `b` numbers a weight, or
             `"gradients"`, `m/D` numbers a weight. `"auto"` takes the fewer, as `block_fisher` does.
         replicas: On how many devices each parameter lies: one number, or the number of parameters for each. None is
@@ -126,8 +126,8 @@ def scaling_cost(
         A `ScalingCost`.
 
     Raises:
-        ValueError: Another `exchange`; numbers below 1; `data_devices` or `replicas` that do not divide `devices`;
-            numbers of parameters that do not add up to `d`.
+        ValueError: Another `exchange`; a window with blocks; numbers below 1; `data_devices` or `replicas` that do not
+            divide `devices`; numbers of parameters that do not add up to `d`.
 
     Cost:
         Arithmetic on a few numbers.
@@ -142,6 +142,8 @@ def scaling_cost(
         >>> cost.fits, round(cost.peak_bytes / 1e9), [x.name for x in cost.stages][:3]
         (True, 26, ['gradients', 'to owners', 'gram'])
     """
+    if window is not None and block_size is not None:
+        raise ValueError(f"window is {window} and block_size {block_size}: only the whole network is cut into windows.")
     if exchange not in get_args(Exchange):
         raise ValueError(f"exchange is {exchange!r}: choose one of {list(get_args(Exchange))}.")
     sharding = make_sharding(d, m, devices, data_devices, block_size, window, replicas, microbatch_size)
@@ -179,7 +181,7 @@ def fitting_cost(d: int, m: int, devices: int, hardware: Hardware, **options: An
         A `ScalingCost`; `sharding.window` is None where everything fits at once.
 
     Raises:
-        ValueError: As `scaling_cost`; not even one column fits.
+        ValueError: As `scaling_cost`; not even one column fits, or blocks do not.
 
     Cost:
         As `scaling_cost`, for each of a few numbers of windows.
@@ -196,7 +198,7 @@ def fitting_cost(d: int, m: int, devices: int, hardware: Hardware, **options: An
     def cut(windows: int) -> ScalingCost:
         return scaling_cost(d, m, devices, hardware, **options, window=-(-columns // windows))
 
-    while not cost.fits and windows < columns:
+    while not cost.fits and windows < columns and cost.sharding.block_size is None:
         too_few, windows = windows, 2 * windows
         cost = cut(windows)
     while cost.fits and windows - too_few > 1:
@@ -207,7 +209,7 @@ def fitting_cost(d: int, m: int, devices: int, hardware: Hardware, **options: An
         return cost
     largest = max(cost.stages, key=lambda stage: stage.memory_bytes)
     raise ValueError(
-        f"{d} weights on {devices} devices do not fit {hardware.memory_bytes / 1e9:.1f} GB each, whatever the window: "
+        f"{d} weights on {devices} devices do not fit {hardware.memory_bytes / 1e9:.1f} GB each: "
         f"{cost.sharding.parameter_bytes / 1e9:.1f} GB of parameters and {largest.memory_bytes / 1e9:.1f} GB for "
         f"{largest.name}. Divide parameters among more devices: a smaller data_devices or replicas."
     )
