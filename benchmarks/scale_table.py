@@ -23,8 +23,8 @@ pass, of an image of 224 × 224 for ResNet-50 (4.1 GMAC) and ViT-L/16 (61.6 GMAC
 
 *data × others*: devices among which examples are divided, times those among which parameters are. *window*: columns
 that a device holds at once where it cannot hold all, of the whole network only; *passes*: how often every gradient is
-computed for that. *GB at once*: the peak of one pass, without windows. *gradients travel*: rows go to the owners of their blocks, which then
-add them up; without it, sums of outer products do. The first is the cheaper where
+computed for that. *GB at once*: the peak of one pass, without windows. *gradients travel*: rows go to the owners of
+their blocks, which then add them up; without it, sums of outer products do. The first is the cheaper where
 `m/D < b`. Seconds and GB are those of one device.
 
 """

@@ -219,3 +219,41 @@ def test_errors_name_what_to_do():
     batch["s"] = jax.device_put(batch["s"], jax.NamedSharding(case.devices(), P("block")))
     with pytest.raises(ValueError, match="Examples are split along"):
         wj.per_example_gradients(mc.linear_loss, params, batch)
+
+
+def test_held_out_rows_of_a_stream_are_those_of_one_device():
+    case = CASES["mixed"]
+    params, batch = case.params(normal(0)), normal(1, (mc.ROWS,))
+    streams = (
+        wj.stream_gradients(mc.linear_loss, one_device(params), batch, microbatch_size=8),
+        wj.stream_gradients(mc.linear_loss, params, case.examples(batch), microbatch_size=8),
+    )
+    here, there = (wj.low_rank_fisher(stream, damping="auto") for stream in streams)
+    np.testing.assert_allclose(there.damping, here.damping, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "spec"), [((32,), P("block")), ((8, 16), P(None, "block"))])
+def test_parameters_that_are_one_array(shape, spec):
+    mesh = CASES["first"].devices()
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=shape).astype(np.float32), rng.normal(size=(12, *shape)).astype(np.float32)
+    masks = np.abs(w) > 0.5
+    place = lambda array, to: jax.device_put(array, jax.NamedSharding(mesh, to))
+
+    def steps(w, x, masks):
+        gradients = wj.per_example_gradients(jnp.vdot, w, x)
+        fisher = wj.low_rank_fisher(gradients, damping=1.0, select=lambda path, leaf: True)
+        return fisher.compensate_at(w, masks, jnp.array([1.0, 10.0, 100.0, 1000.0]))
+
+    here, there = steps(w, x, masks), steps(place(w, spec), place(x, P("data")), place(masks, spec))
+    assert there.shape == here.shape
+    np.testing.assert_allclose(there, here, atol=1e-5)
+
+
+def test_sums_that_travel_in_64_bits(x64):
+    case = CASES["data"]
+    params, batch = case.params(normal(0, dtype=np.float64)), normal(1, (96,), np.float64)
+    stream = wj.stream_gradients(mc.linear_loss, params, case.examples(batch), microbatch_size=96)
+    alone = wj.stream_gradients(mc.linear_loss, one_device(params), batch)
+    there, here = (wj.block_fisher(rows, block_size=4, damping=1.0).inverse_diagonal() for rows in (stream, alone))
+    assert distance(flat(there), flat(here)) < 1e-12

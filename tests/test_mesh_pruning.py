@@ -108,6 +108,7 @@ def logits(params, inputs):
     return jnp.tanh(inputs @ params["a"]["w"]) @ params["c"]["w"] + 0 * params["a"]["b"].sum() + 0 * params["s"].sum()
 
 
+@pytest.mark.newest
 def test_paths_exact_obs_and_drawn_labels():
     case = CASES["first"]
     params, batch = case.params(mc.normal(0)), case.examples(mc.normal(1, (mc.ROWS,)))
@@ -137,6 +138,7 @@ def test_everything_takes_explicit_axes(placed):
     assert distance(row, here.inverse_diagonal()) < 1e-5
 
 
+@pytest.mark.newest
 def test_no_program_gathers_parameters(tmp_path):
     job = Path(__file__).with_name("mesh_job.py")
     subprocess.run([sys.executable, job, tmp_path], check=True, timeout=300, env=os.environ | {"XLA_FLAGS": ""})
@@ -150,3 +152,10 @@ def test_no_program_gathers_parameters(tmp_path):
     assert any(bytes_sent for bytes_sent in sent.values())
     leaf = 4 * 64 * 256
     assert {name: n for name, n in sent.items() if n > leaf // 4} == {}
+
+
+def test_examples_that_devices_do_not_divide():
+    case = CASES["fsdp"]
+    params, batch = case.params(mc.normal(0)), case.examples(examples())
+    with pytest.raises(ValueError, match="cannot be split evenly over 4 devices"):
+        wj.prune_one_shot(loss, params, batch, 0.5, held_out=10)

@@ -141,9 +141,9 @@ def prune_one_shot(
             groups of a pattern that are not finite raise in either case.
         on_stage: Called on the host with the network after each stage: for progress and
             checkpoints.
-        resume: What `on_stage` was handed after the last stage of a run that was stopped. With the arguments of that run
-            it goes on to the same bits; stages, rows and shapes are compared, other arguments are not. `StageCheckpoints`
-            keeps it on disk.
+        resume: What `on_stage` was handed after the last stage of a run that was stopped. With the arguments of that
+            run it goes on to the same bits; stages, rows and shapes are compared, other arguments are not.
+            `StageCheckpoints` keeps it on disk.
 
     Returns:
         Pruned parameters (pruned weights are exactly zero), masks, and what was done.
