@@ -8,7 +8,7 @@ import pytest
 
 import woodjax as wj
 from woodjax.adapters import linen as linen_adapter
-from woodjax.gradients import LossRow
+from woodjax.loss_rows import LossRow
 from woodjax.losses import cross_entropy
 from woodjax.taps import TapRow, dense_leaves
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from woodjax.gradients import LossRow, batch_size, example_losses
+from woodjax.loss_rows import LossRow, batch_size, example_losses
 from woodjax.one_shot import prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
 from woodjax.placement import on_any_axes

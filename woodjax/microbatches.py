@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from woodjax.gradients import LossRow, batch_size, group_examples
+from woodjax.loss_rows import LossRow, batch_size, group_examples
 from woodjax.placement import on_any_axes, placement_of
 from woodjax.typing import Batch, Gradients, LossFn, Params
 

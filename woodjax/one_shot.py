@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from woodjax.choices import Auto, Plan, choose_plan, choose_search
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
-from woodjax.gradients import LossRow, batch_size, example_losses
+from woodjax.loss_rows import LossRow, batch_size, example_losses
 from woodjax.masks import Scope
 from woodjax.patterns import NM, Pattern
 from woodjax.placement import all_true, on_any_axes, placed_like, placement_of, take_examples

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from woodjax.gradients import LossRow, batch_size, group_examples
+from woodjax.loss_rows import LossRow, batch_size, group_examples
 from woodjax.placement import Microbatches, Placement, as_gradients, as_params, on_any_axes, placement_of
 from woodjax.probe import check_loss
 from woodjax.tree import apply_masks, check_bool, check_floating, check_like, wide_dtype

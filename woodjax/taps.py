@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, Float
 
-from woodjax.gradients import LossRow
+from woodjax.loss_rows import LossRow
 from woodjax.programs import bind
 from woodjax.typing import Batch, LossFn, Params
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from woodjax.at_init._selected import inputs_of, wide
-from woodjax.gradients import LossRow, check_apply
+from woodjax.gradients import check_apply
+from woodjax.loss_rows import LossRow
 from woodjax.tree import check_bool, check_floating, check_like, is_kernel, make_layout
 from woodjax.typing import ApplyFn, Batch, Masks, Params, Select
 

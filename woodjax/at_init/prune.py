@@ -11,8 +11,9 @@ from jaxtyping import Array, Int, Key
 from woodjax.at_init._selected import inputs_of, keep_selected
 from woodjax.at_init.collapse import CollapseReport, layer_collapse_report
 from woodjax.at_init.names import INIT_CRITERIA, InitCriterion
-from woodjax.gradients import batch_size, check_apply
+from woodjax.gradients import check_apply
 from woodjax.kinds import hidden_kernels
+from woodjax.loss_rows import batch_size
 from woodjax.losses import cross_entropy
 from woodjax.masks import Scope, make_masks, nonfinite_scores
 from woodjax.placement import on_any_axes

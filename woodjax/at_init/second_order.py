@@ -28,8 +28,8 @@ from woodjax.at_init.sensitivity import MICROBATCH, mean_gradient
 from woodjax.criteria import obs_scores
 from woodjax.curvature import low_rank_fisher
 from woodjax.curvature.damping import ONE_PERCENT, Damping
-from woodjax.gradients import batch_size
 from woodjax.hessian import gauss_newton_diagonal, hutchinson_diagonal
+from woodjax.loss_rows import batch_size
 from woodjax.losses import cross_entropy
 from woodjax.stream import stream_gradients
 from woodjax.tree import is_kernel

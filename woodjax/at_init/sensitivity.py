@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from woodjax.at_init._selected import inputs_of, keep_selected, wide
-from woodjax.gradients import LossRow, batch_size, check_apply
+from woodjax.gradients import check_apply
 from woodjax.hessian import hvp
+from woodjax.loss_rows import LossRow, batch_size
 from woodjax.stream import stream_gradients
 from woodjax.tree import is_kernel
 from woodjax.typing import ApplyFn, Batch, LossFn, Params, Scores, Select

@@ -4,9 +4,11 @@ from woodjax.curvature.block_fisher import BlockFisher, BlockSums, block_fisher
 from woodjax.curvature.damping import Relative
 from woodjax.curvature.diagonal_fisher import DiagonalFisher, DiagonalSums, diagonal_curvature, diagonal_fisher
 from woodjax.curvature.engines import Estimate, empirical_fisher, estimate
+from woodjax.curvature.gradient_rows import GradientRows
 from woodjax.curvature.kronecker_fisher import KroneckerFisher, kronecker_fisher
 from woodjax.curvature.layer_input import LayerInputHessian, layer_input_hessian
-from woodjax.curvature.low_rank_fisher import GradientRows, LowRankFisher, low_rank_fisher
+from woodjax.curvature.low_rank import LowRankFisher
+from woodjax.curvature.low_rank_fisher import low_rank_fisher
 from woodjax.curvature.protocol import CoupledCurvature, Curvature, GroupCurvature, predicted_loss_change
 from woodjax.curvature.row_fisher import RowFisher, row_fisher
 from woodjax.curvature.streamed_fisher import StreamedFisher, streamed_fisher

@@ -17,7 +17,8 @@ from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, WORKSPACE, blocks_at_once
 from woodjax.curvature.block_fisher import PRIMAL_FROM, BlockSums, block_fisher
 from woodjax.curvature.damping import ONE_PERCENT, Damping
-from woodjax.curvature.low_rank_fisher import GradientRows, low_rank_fisher
+from woodjax.curvature.gradient_rows import GradientRows
+from woodjax.curvature.low_rank_fisher import low_rank_fisher
 from woodjax.curvature.protocol import Curvature
 from woodjax.curvature.streamed_fisher import streamed_fisher
 from woodjax.curvature.sums import add_microbatch, layout_of

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from woodjax.gradients import LossRow, batch_size
 from woodjax.hessian._loops import at_once, loop
 from woodjax.hessian._probes import Probing, Values, add_probes
+from woodjax.loss_rows import LossRow, batch_size
 from woodjax.probe import check_loss
 from woodjax.tree import check_floating
 from woodjax.typing import Batch, LossFn, Params

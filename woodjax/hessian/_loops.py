@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from woodjax.gradients import batch_size
+from woodjax.loss_rows import batch_size
 from woodjax.typing import Batch, Params
 
 State = TypeVar("State")

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from woodjax.gradients import LossRow, batch_size
 from woodjax.hessian._loops import micro_batch
+from woodjax.loss_rows import LossRow, batch_size
 from woodjax.typing import Batch, Params
 
 Values = list[Array]

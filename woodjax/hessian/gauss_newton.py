@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from woodjax.gradients import AllClassRows, LossRow, batch_size, check_apply
+from woodjax.gradients import AllClassRows, check_apply
+from woodjax.loss_rows import LossRow, batch_size
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import check_floating

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from woodjax.gradients import LossRow, batch_size
 from woodjax.hessian._loops import at_once, loop, micro_batch, zeros
+from woodjax.loss_rows import LossRow, batch_size
 from woodjax.placement import on_any_axes
 from woodjax.tree import check_floating, check_like
 from woodjax.typing import Batch, LossFn, Params

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
-from woodjax.gradients import batch_size
 from woodjax.layerwise.layers import Hidden
+from woodjax.loss_rows import batch_size
 from woodjax.tree import path_name
 from woodjax.typing import Params
 

@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
-from woodjax.gradients import batch_size
 from woodjax.layerwise.hidden import MicroBatches, check_finite, to_host
 from woodjax.layerwise.kernels import find_kernels, run_recorded
 from woodjax.layerwise.layers import Hidden, LayerFn, ResidentLayer, as_partial
 from woodjax.layerwise.moments import Weights, advance
+from woodjax.loss_rows import batch_size
 from woodjax.tree import Layout, is_kernel, make_layout
 from woodjax.typing import Batch, Params, Select
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from woodjax.gradients import batch_size
+from woodjax.loss_rows import batch_size
 from woodjax.structured.axes import Axis, Value
 from woodjax.structured.channels import ChannelGroups, ChannelScores, LeafChannels
 from woodjax.structured.matching import match

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from woodjax import linalg
-from woodjax.gradients import batch_size
+from woodjax.loss_rows import batch_size
 from woodjax.structured.channels import ChannelGroups, Kept, stay_along
 from woodjax.structured.matching import match
 from woodjax.structured.plan import make_plan
