@@ -169,7 +169,7 @@ def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Para
 def _inner(x: Params, y: Params) -> Float[Array, ""]:
     def product(a: Array, b: Array) -> Array:
         axes = ascii_letters[: jnp.ndim(a)]  # not flattened: a leaf may be split along any of them
-        return linalg.contract(f"{axes},{axes}->", a, b)
+        return linalg.contract(f"{axes},{axes}->", jnp.asarray(a), jnp.asarray(b))
 
     products = jax.tree.map(product, x, y)
     return sum(jax.tree.leaves(products), start=jnp.zeros(()))
