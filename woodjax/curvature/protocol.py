@@ -17,7 +17,7 @@ from woodjax.placement import ShardedLayout, on_any_axes
 from woodjax.tree import Layout, check_like
 from woodjax.typing import Groups, Masks, Params, Updates
 
-SMALL = ("multiples", "groups", "target")  # arguments of curvatures that are no params-trees: the same on all devices
+SMALL = ("multiples",)  # arguments of curvatures that are no params-trees: the same on all devices
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -111,7 +111,7 @@ class ShardedLayout(Layout):
 
     def to_blocks(self, tree: PyTree) -> Shaped[Array, "*lead nb b"]:
         """As `Layout.to_blocks`; the rows of gradients go to the owners of their columns by one all-to-all."""
-        lead = self._lead(tree)
+        lead = len(self.lead(tree))
         if lead > 1:
             raise ValueError(f"Leaves have {lead} leading axes: pass a params-tree, or gradients [m, *leaf.shape].")
         return _to_blocks(tree, self, lead)
@@ -119,17 +119,6 @@ class ShardedLayout(Layout):
     def to_tree(self, blocks: Shaped[Array, "nb b"], fill: float | bool) -> PyTree:
         """As `Layout.to_tree`; a leaf that several devices hold alike is put together among them."""
         return _to_tree(blocks, fill, self)
-
-    def _lead(self, tree: PyTree) -> int:
-        arrays = self.flatten(tree)
-        lead = arrays[0].shape[: arrays[0].ndim - len(self.leaves[0].shape)]
-        for spec, array in zip(self.leaves, arrays, strict=True):
-            if array.shape != (*lead, *spec.shape):
-                raise ValueError(
-                    f"Leaf '{spec.path}' has shape {array.shape}, expected {(*lead, *spec.shape)}: "
-                    "pass a tree with the shapes that the layout was made from."
-                )
-        return len(lead)
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,9 @@ class Layout:
             ValueError: Another tree structure, or a leaf of another shape.
         """
         arrays = [jnp.asarray(leaf) for leaf in self.flatten(tree)]
-        lead = arrays[0].shape[: arrays[0].ndim - len(self.leaves[0].shape)]
+        lead = self.lead(tree)
         blocks = []
         for spec, array in zip(self.leaves, arrays, strict=True):
-            if array.shape != (*lead, *spec.shape):
-                raise ValueError(
-                    f"Leaf '{spec.path}' has shape {array.shape}, expected {(*lead, *spec.shape)}: "
-                    "pass a tree with the shapes that the layout was made from."
-                )
             if not spec.selected:
                 continue
             if jnp.issubdtype(array.dtype, jnp.floating):
@@ -198,6 +193,28 @@ class Layout:
         earlier = zip(self.leaves[:number], padding, strict=False)
         start = sum(spec.size + spec.rows * extra for spec, extra in earlier if spec.selected)
         return start + indices + indices // self.leaves[number].row_size * padding[number]
+
+    def lead(self, tree: PyTree) -> tuple[int, ...]:
+        """Sizes of the axes before a leaf's own.
+
+        Args:
+            tree: Leaves `[*lead, *leaf.shape]`, the same `lead` for all.
+
+        Returns:
+            `lead`.
+
+        Raises:
+            ValueError: Another tree structure, or a leaf of another shape.
+        """
+        shapes = [jnp.shape(leaf) for leaf in self.flatten(tree)]
+        lead = shapes[0][: len(shapes[0]) - len(self.leaves[0].shape)]
+        for spec, shape in zip(self.leaves, shapes, strict=True):
+            if shape != (*lead, *spec.shape):
+                raise ValueError(
+                    f"Leaf '{spec.path}' has shape {shape}, expected {(*lead, *spec.shape)}: "
+                    "pass a tree with the shapes that the layout was made from."
+                )
+        return lead
 
     def flatten(self, tree: PyTree) -> list[Any]:
         """Flatten a tree that must have the layout's structure.
