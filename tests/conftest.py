@@ -17,16 +17,23 @@ import hypothesis
 import jax
 import pytest
 
-FEW = 5
+FEW = 3
 # Compilation of a new shape takes longer than hypothesis allows an example by default.
 hypothesis.settings.register_profile("woodjax", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.register_profile("few", deadline=None, max_examples=FEW, derandomize=True)  # the second run of CI
 hypothesis.settings.load_profile("woodjax")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """The second run: of every test with many cases the first and the last one, and few examples."""
     if hypothesis.settings().max_examples != FEW:
         return
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {id(item) for found in cases.values() for item in (found[0], found[-1])}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
     for item in items:  # tests that say how many they want, too
         chosen = getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None)
         if chosen is not None and chosen.max_examples > FEW:

@@ -150,7 +150,7 @@ def filled(variables):
 def dense(name):
     _, _, inputs = PLANS[name.split("-")[0]]
     if name.endswith("nnx"):
-        model = nnx.jit(lambda rngs: NETWORKS[name](rngs=rngs))(nnx.Rngs(0))
+        model = nnx.eval_shape(lambda: NETWORKS[name](rngs=nnx.Rngs(0)))
         model.eval()
         apply_fn, variables = functional_variables(model)
         return model, apply_fn, filled(variables), inputs

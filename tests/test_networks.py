@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from built import built
 from flax import nnx
 from scipy.special import erf, softmax
 
@@ -133,11 +134,13 @@ SMALL = {
 }
 
 
+call = nnx.jit(lambda layer, x: layer(x))
+
+
 @pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
 def test_forward_in_both_modes(make):
     """Eval mode treats each image by itself; train mode does not where there is batch normalisation, and moves it."""
-    model = nnx.jit(make)(nnx.Rngs(0))
-    call = nnx.jit(lambda model, x: model(x))
+    model = built(make)
     x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     stats = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
     logits = call(model, x)
@@ -153,14 +156,11 @@ def test_forward_in_both_modes(make):
 
 
 def test_a_separable_block_mixes_channels_in_its_second_convolution_only():
-    block = SeparableBlock(3, 5, 2, rngs=nnx.Rngs(0))
+    block = built(lambda rngs: SeparableBlock(3, 5, 2, rngs=rngs))
     x = jax.random.normal(jax.random.key(0), (1, 6, 6, 3))
     difference = block.conv1(x.at[..., 1].add(1.0)) - block.conv1(x)
     np.testing.assert_array_equal(jnp.any(difference != 0, axis=(0, 1, 2)), [False, True, False])
     assert block.conv2(block.conv1(x)).shape == (1, 3, 3, 5)
-
-
-call = nnx.jit(lambda layer, x: layer(x))
 
 
 def zero(layer):
@@ -171,9 +171,7 @@ def test_a_pre_activation_block_adds_to_the_stream_itself():
     """Neither normalisation nor ReLU is on the way of a shortcut, also where it is a projection."""
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 3), np.float32)
     for stride in (1, 2):
-        block = nnx.jit(lambda rngs, stride=stride: PreActivationBottleneck(3, 3 * stride, stride, rngs=rngs))(
-            nnx.Rngs(0)
-        )
+        block = built(lambda rngs, stride=stride: PreActivationBottleneck(3, 3 * stride, stride, rngs=rngs))
         zero(block.conv3)
         skipped = x[:, ::2, ::2] @ np.asarray(block.shortcut.kernel[0, 0]) if stride == 2 else x
         np.testing.assert_allclose(call(block, x), skipped, rtol=1e-5, atol=1e-6)
@@ -191,8 +189,7 @@ def test_a_pre_activation_block_adds_to_the_stream_itself():
 )
 def test_inverted_residuals(stem, inputs, outputs, stride, expansion, layers, residual):
     """Which layers a block has in the two forms, and that its last convolution is linear."""
-    make = nnx.jit(lambda rngs: InvertedResidual(inputs, outputs, stride, expansion, stem, rngs=rngs))
-    block = make(nnx.Rngs(0))
+    block = built(lambda rngs: InvertedResidual(inputs, outputs, stride, expansion, stem, rngs=rngs))
     assert {name for name in ("conv1", "conv2", "conv3", "shortcut") if hasattr(block, name)} == layers
     assert block.conv2.feature_group_count == expansion * inputs
     block.eval()
@@ -211,8 +208,7 @@ def test_a_deep_dense_net_has_the_parameters_that_are_published():
 
 def test_a_dense_layer_keeps_its_input_and_a_transition_halves():
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 6), np.float32)
-    make = nnx.jit(lambda rngs: (DenseLayer(6, 3, rngs=rngs), Transition(6, rngs=rngs)))
-    layer, transition = make(nnx.Rngs(0))
+    layer, transition = built(lambda rngs: DenseLayer(6, 3, rngs=rngs)), built(lambda rngs: Transition(6, rngs=rngs))
     transition.eval()  # batch normalisation of mean 0 and variance 1
     y = call(layer, x)
     assert y.shape == (2, 4, 4, 9)
@@ -245,7 +241,7 @@ def test_an_encoder_block_is_the_paper_s():
 
 def test_a_level_of_a_u_net_doubles_the_image_behind_the_skip():
     """Flax does not turn the kernel of a transposed convolution, so its taps come out reversed."""
-    level = nnx.jit(lambda rngs: Up(3, 2, rngs=rngs))(nnx.Rngs(0))
+    level = built(lambda rngs: Up(3, 2, rngs=rngs))
     x = np.random.default_rng(0).standard_normal((1, 2, 2, 3), np.float32)
     found = call(level.up, x)
     blocks = np.einsum("nhwc,abco->nhawbo", x, np.asarray(level.up.kernel[...])[::-1, ::-1]).reshape(1, 4, 4, 2)
@@ -279,7 +275,7 @@ def test_a_decoder_block_is_the_papers():
 
 
 def test_a_decoder_does_not_look_ahead():
-    model = nnx.jit(lambda rngs: gqa_nano(rngs, vocabulary=16, context=6))(nnx.Rngs(0))
+    model = built(lambda rngs: gqa_nano(rngs, vocabulary=16, context=6))
     tokens = jnp.array([[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9, 9]])
     logits = call(model, tokens)
     np.testing.assert_allclose(logits[0, :3], logits[1, :3], rtol=1e-5, atol=1e-6)
