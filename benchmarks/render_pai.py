@@ -96,7 +96,9 @@ def _accuracy_rows(records: list[Record], warm: bool, corner: str) -> list[str]:
 
 
 def readme_table(records: list[Record]) -> str:
-    """Accuracies, after warm-up where there are any."""
+    """Accuracies, after warm-up where there are any; nothing where masks alone were made."""
+    if not _of(records, "accuracy"):
+        return ""
     warm = max(_unique(records, "accuracy", "warm_up"), default=False)
     dense = _values(records, "accuracy", method="dense", warm_up=warm)
     return "\n".join(
