@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from records import read
 
 from woodjax.plots import draw_accuracy
-from woodjax.report import Result
+from woodjax.records import Result
 
 Record = dict[str, Any]
 OTHERS = {

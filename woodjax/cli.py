@@ -92,7 +92,7 @@ def _prune(options: argparse.Namespace) -> None:
     from woodjax.comparison import load_problem, measure
     from woodjax.plots import summary_figure
     from woodjax.recipes import recipes
-    from woodjax.report import Report, save_arrays
+    from woodjax.records import Run, save_arrays
     from woodjax.sparsities import check_sparsity
 
     known = recipes(damping=_damping(options.damping), block_size=options.block_size, stages=options.stages)
@@ -119,7 +119,7 @@ def _prune(options: argparse.Namespace) -> None:
         )
         arrays = options.out / "arrays"
         arrays.mkdir(parents=True, exist_ok=True)
-        report = Report(
+        run = Run(
             network=problem.network,
             dataset=options.dataset,
             seed=options.seed,
@@ -140,11 +140,11 @@ def _prune(options: argparse.Namespace) -> None:
                     microbatch_size=options.microbatch_size,
                     on_stage=lambda _, bar=bar: bars.advance(bar),
                 )
-                report.results.append(result)
+                run.results.append(result)
                 save_arrays(arrays / f"{name}-{sparsity:g}.safetensors", pruned, masks)
-                report.save(options.out / "report.json")
-    summary_figure(report).savefig(options.out / "summary.png", dpi=150)
-    console.print(report.table())
+                run.save(options.out / "report.json")
+    summary_figure(run).savefig(options.out / "summary.png", dpi=150)
+    console.print(run.table())
     console.print(f"Report, picture, weights and masks are in {options.out}/.")
 
 

@@ -15,7 +15,7 @@ from woodjax.losses import cross_entropy
 from woodjax.models import NETWORKS, load_torch_layout
 from woodjax.one_shot import Stage
 from woodjax.recipes import Recipe, prune
-from woodjax.report import Result, leaf_density
+from woodjax.records import Result, leaf_density
 from woodjax.training import evaluate, train
 from woodjax.tree import make_layout
 from woodjax.typing import ApplyFn, Batch, LossFn, Masks, Params

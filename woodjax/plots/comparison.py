@@ -1,4 +1,4 @@
-"""Pictures of pruning: accuracy against sparsity, and where the survivors are."""
+"""Methods side by side: accuracy against sparsity, and what each keeps of every leaf."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from woodjax.report import Report, Result
+from woodjax.records import Result, Run
 
 COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")  # Okabe & Ito
 STYLE = {"mask": ":", "update": "--", "staged": "-", "first_order": "-."}
 
 
-def summary_figure(report: Report) -> Figure:
+def summary_figure(run: Run) -> Figure:
     """Accuracy against sparsity beside the density of each leaf, for all methods of a run.
 
     Args:
-        report: A run with at least one result.
+        run: At least one result.
 
     Returns:
         A matplotlib figure: save it by `figure.savefig(file)`.
@@ -24,15 +24,15 @@ def summary_figure(report: Report) -> Figure:
     Raises:
         ValueError: No results.
     """
-    if not report.results:
-        raise ValueError("The report has no results to draw.")
+    if not run.results:
+        raise ValueError("The run has no results to draw.")
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_accuracy(left, report.results, dense=report.dense_accuracy)
-    levels = sorted({result.sparsity for result in report.results})
+    draw_accuracy(left, run.results, dense=run.dense_accuracy)
+    levels = sorted({result.sparsity for result in run.results})
     level = min(levels, key=lambda s: abs(s - 0.9))
-    draw_leaf_density(right, [result for result in report.results if result.sparsity == level])
-    figure.suptitle(f"{report.network} on {report.dataset}, seed {report.seed}")
+    draw_leaf_density(right, [result for result in run.results if result.sparsity == level])
+    figure.suptitle(f"{run.network} on {run.dataset}, seed {run.seed}")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
