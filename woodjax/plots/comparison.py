@@ -29,13 +29,30 @@ def summary_figure(run: Run) -> Figure:
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_accuracy(left, run.results, dense=run.dense_accuracy)
-    levels = sorted({result.sparsity for result in run.results})
-    level = min(levels, key=lambda s: abs(s - 0.9))
+    level = nearest_level([result.sparsity for result in run.results])
     draw_leaf_density(right, [result for result in run.results if result.sparsity == level])
     figure.suptitle(f"{run.network} on {run.dataset}, seed {run.seed}")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def nearest_level(levels: Sequence[float], target: float = 0.9) -> float:
+    """The level that pictures of one sparsity show.
+
+    Args:
+        levels: Sparsities, at least one.
+        target: What to be near to; of two as near, the lower.
+
+    Returns:
+        One of the levels.
+
+    Example:
+        >>> from woodjax.plots.comparison import nearest_level
+        >>> nearest_level([0.5, 0.95, 0.98])
+        0.95
+    """
+    return min(sorted(levels), key=lambda level: abs(level - target))
 
 
 def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> None:
@@ -67,7 +84,7 @@ def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> Non
         axes.set_xlim(kept[0] * 1.08, kept[-1] / 1.08)
     axes.xaxis.set_major_locator(FixedLocator(kept))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{100 * (1 - k):g}" for k in kept])
+    axes.set_xticklabels([f"{100 * (1 - k):.4g}" for k in kept])
     axes.set_xlabel("sparsity, %")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)

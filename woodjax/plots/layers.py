@@ -74,7 +74,7 @@ def kept_cells(mask: Bool[np.ndarray, "..."], cells: int = MOST_CELLS) -> Float[
 def draw_mask(axes: Axes, mask: Bool[np.ndarray, "..."], cells: int = MOST_CELLS) -> AxesImage:
     """Draw what a kernel keeps, darker where more survives: outputs to the right, inputs downwards.
 
-    The scale ends at the densest cell, or a sparse kernel would be blank.
+    Full colour is the densest cell, or a sparse kernel would be blank.
 
     Args:
         axes: Where to.

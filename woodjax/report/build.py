@@ -143,7 +143,7 @@ def _points(
             raise ValueError(f"history has the sparsity {other.sparsity}: it is a fraction in [0, 1].")
     here = [_point(HERE, sparsity, accuracies["after"])]
     if "magnitude" in accuracies:
-        here.append(_point("magnitude, as many weights", sparsity, accuracies["magnitude"], column="mask"))
+        here.append(_point("magnitude", sparsity, accuracies["magnitude"], column="mask"))
     return [*others, *here]
 
 

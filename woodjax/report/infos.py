@@ -66,9 +66,10 @@ def tell(info: Any, names: Sequence[str]) -> Story:
 def _story(info: object, names: Sequence[str]) -> Story:
     if info is None:
         return Story()
+    known = ", ".join(sorted(kind.__name__ for kind in _story.registry if kind is not object))
     raise ValueError(
-        f"info is a {type(info).__name__}: pass what the pruning returned, an object of "
-        f"{', '.join(sorted(kind.__name__ for kind in _story.registry if kind is not object))}, a list of them, or None."
+        f"info is a {type(info).__name__}: pass what the pruning returned, which is one of {known}, a list of them, or "
+        "None."
     )
 
 
@@ -101,6 +102,10 @@ def _(info: OneShotInfo, names: Sequence[str]) -> Story:
         )
         columns["of those tried"] = [f"{number(a)} to {number(b)}" for a, b in zip(lowest, highest, strict=True)]
         notes.append(RULE)
+    same = {name: cells[0] for name, cells in columns.items() if len(cells) > 1 and len(set(cells)) == 1}
+    if same:
+        notes.append("The same in every stage: " + ", ".join(f"{name} {cell}" for name, cell in same.items()) + ".")
+    columns = {name: cells for name, cells in columns.items() if name not in same}
     rows = tuple(zip(*columns.values(), strict=True))
     return Story((Table("Stages", tuple(columns), rows),), tuple(notes), sparsity, predicted, after - before)
 
@@ -133,9 +138,9 @@ def _(info: AtInitInfo, names: Sequence[str]) -> Story:
 @_story.register
 def _(info: GuaranteeInfo, names: Sequence[str]) -> Story:
     promise = (
-        f"With confidence {percent(info.confidence)} the expected loss of fresh examples of the same distribution rises by "
-        f"at most {number(info.max_loss_increase)}, differences clipped to ±{number(info.loss_bound)}. Tested on "
-        f"{info.num_calibration:,} examples."
+        f"With confidence {percent(info.confidence)} the expected loss of fresh examples of the same distribution "
+        f"rises by at most {number(info.max_loss_increase)}, differences clipped to ±{number(info.loss_bound)}. "
+        f"Tested on {info.num_calibration:,} examples."
         if info.certified
         else "No sparsity passed the test: the dense network came back, and nothing is promised."
     )
@@ -144,7 +149,7 @@ def _(info: GuaranteeInfo, names: Sequence[str]) -> Story:
             percent(float(s)),
             number(float(mean)),
             number(float(p)),
-            "yes" if passed else "no" if p == p else "not tested",
+            _verdict(passed, p),
         )
         for s, mean, p, passed in zip(info.sparsities, info.mean_increase, info.p_value, info.passed, strict=True)
     )
@@ -200,6 +205,10 @@ def _(info: SparsityPath, names: Sequence[str]) -> Story:
     levels = zip(_floats(info.sparsity), _floats(info.predicted_loss_change), strict=True)
     rows = tuple((percent(sparsity), number(change)) for sparsity, change in levels)
     return Story((Table("Path of masks", ("sparsity", "predicted loss change"), rows),))
+
+
+def _verdict(passed: bool, p_value: float) -> str:
+    return "yes" if passed else "not tested" if np.isnan(p_value) else "no"
 
 
 def _column(values: Any) -> Float[np.ndarray, " stages"]:

@@ -74,8 +74,8 @@ def loss_section(story: Story) -> Section | None:
     )
     svg = inline_svg(draw, prefix="loss", label=label, size=WIDE)
     caption = (
-        "Change of the mean loss in each stage: what the quadratic model predicts, and what was measured on the examples "
-        "of that stage. Far apart means a step too large for the model: more stages."
+        "Change of the mean loss in each stage: what the quadratic model predicts, and what was measured on the "
+        "examples of that stage. Far apart means a step too large for the model: more stages."
     )
     return Section("loss-section", "Predicted and measured loss", figure_html(svg, caption))
 
@@ -117,14 +117,15 @@ def masks_section(leaves: Sequence[Leaf]) -> Section | None:
     shown = [leaf for leaf in cut if any(leaf is other for other in largest)]
     pictures = ""
     for number_, leaf in enumerate(shown):
-        densest = percent(float(kept_cells(leaf.mask).max()))
+        densest = float(kept_cells(leaf.mask).max())
+        scale = f", full colour at {percent(densest)}" if densest < 1 else ""
         svg = inline_svg(
             partial(draw_mask, mask=leaf.mask),
             prefix=f"mask{number_}",
             label=f"Mask of {leaf.name}, {percent(leaf.density)} kept",
             size=(2.1, 2.0),
         )
-        pictures += figure_html(svg, f"{leaf.name}: {percent(leaf.density)} kept, darkest {densest}")
+        pictures += figure_html(svg, f"{leaf.name}: {percent(leaf.density)} kept{scale}")
     said = (
         "Inputs downwards, outputs to the right; empty is pruned. Where there are more channels than cells, and of the "
     )
