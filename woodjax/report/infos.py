@@ -22,6 +22,7 @@ RULE = (
     "Held-out examples choose the update of a stage: the usual one stands unless another has a clearly lower loss, by "
     "more than two standard errors of the difference and by 0.5 %, or by 5 %."
 )
+UNKNOWN = np.full(1, np.nan)  # of one stage
 
 
 class Story(NamedTuple):
@@ -168,7 +169,7 @@ def _(info: SearchInfo, names: Sequence[str]) -> Story:
         ("steps of hard thresholding", number(int(info.thresholded))),
         ("survivors that the first masks pruned", number(int(info.moved))),
     )
-    return Story((Table("Mask search", ("", "value"), rows),), predicted=values[-1:], **_unknown(1))
+    return Story((Table("Mask search", ("", "value"), rows),), (), UNKNOWN, values[-1:], UNKNOWN)
 
 
 @_story.register
@@ -179,7 +180,7 @@ def _(info: ExactObsInfo, names: Sequence[str]) -> Story:
         ("weights removed one at a time", number(int(np.sum(np.asarray(info.removed))))),
         ("predicted loss change", number(float(predicted[0]))),
     )
-    return Story((Table("Exact removal", ("", "value"), rows),), predicted=predicted, **_unknown(1))
+    return Story((Table("Exact removal", ("", "value"), rows),), (), UNKNOWN, predicted, UNKNOWN)
 
 
 @_story.register
@@ -225,13 +226,9 @@ def _cells(values: Any) -> list[str]:
     return [number(value) for value in _floats(values)]
 
 
-def _unknown(stages: int) -> dict[str, np.ndarray]:
-    return {name: np.full(stages, np.nan) for name in ("sparsity", "measured")}
-
-
 def _not_finite(flags: Any, names: Sequence[str]) -> tuple[str, ...]:
-    hit = np.asarray(flags).reshape(-1, len(names)).any(axis=0) if np.size(flags) else np.zeros(len(names), bool)
-    which = ", ".join(name for name, flag in zip(names, hit, strict=True) if flag)
+    hit = np.asarray(flags).reshape(-1, len(names))
+    which = ", ".join(name for i, name in enumerate(names) if hit[:, i].any())
     return (f"{which}: masks and weights were kept at some stage, as scores were not finite.",) if which else ()
 
 
