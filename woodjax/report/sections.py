@@ -75,7 +75,8 @@ def loss_section(story: Story) -> Section | None:
     svg = inline_svg(draw, prefix="loss", label=label, size=WIDE)
     caption = (
         "Change of the mean loss in each stage: what the quadratic model predicts, and what was measured on the "
-        "examples of that stage. Far apart means a step too large for the model: more stages."
+        "examples of that stage. Far apart means that the model does not hold over such a "
+        "step, and that its size is not to be relied on."
     )
     return Section("loss-section", "Predicted and measured loss", figure_html(svg, caption))
 
