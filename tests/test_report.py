@@ -11,7 +11,16 @@ import pytest
 from matplotlib.figure import Figure
 
 import woodjax as wj
-from woodjax.plots import draw_kept, draw_mask, draw_predicted_loss, draw_updates, draw_weights, kept_cells
+from woodjax.plots import (
+    draw_accuracy,
+    draw_kept,
+    draw_mask,
+    draw_predicted_loss,
+    draw_updates,
+    draw_weights,
+    kept_cells,
+)
+from woodjax.records import Result
 from woodjax.report import report
 
 pytestmark = pytest.mark.newest  # pictures and markup: no version of JAX changes them
@@ -254,6 +263,10 @@ def test_cells_average_to_the_density():
 
 
 def test_pictures_show_what_they_are_given():
+    point = lambda s: Result("m", "M", "mask", s, s, 0.5, 0.0, None, None, {})
+    axes = Figure().subplots()
+    draw_accuracy(axes, [point(0.5), point(0.9), point(0.9001)], dense=0.9)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["50", "90"]  # labels do not overlap
     axes = Figure().subplots()
     draw_kept(axes, {"a": 0.5, "b$": 0.25})
     assert [bar.get_width() for bar in axes.patches] == [50, 25]

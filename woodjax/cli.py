@@ -175,7 +175,7 @@ def _page(problem: "Problem", run: "Run", best: "Measured") -> "Page":
         best.masks,
         best.info,
         evaluate=problem.accuracy,
-        magnitude=True,
+        magnitude=all(r.method != "magnitude" for r in run.results),
         history=run.results,
         apply_fn=problem.apply_fn,
         example=np.asarray(problem.dataset.test_inputs[:1]),

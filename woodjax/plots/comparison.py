@@ -82,6 +82,7 @@ def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> Non
     axes.set_xscale("log")
     if kept:
         axes.set_xlim(kept[0] * 1.08, kept[-1] / 1.08)
+    kept = _apart(kept)
     axes.xaxis.set_major_locator(FixedLocator(kept))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{100 * (1 - k):.4g}" for k in kept])
@@ -124,6 +125,15 @@ def draw_leaf_density(axes: Axes, results: Sequence[Result]) -> None:
     axes.set_ylabel("kept, %")
     axes.set_title(f"kept of each leaf at {100 * results[0].sparsity:g} % sparsity")
     axes.grid(alpha=0.3)
+
+
+def _apart(kept: Sequence[float]) -> list[float]:
+    """Those of falling fractions that have room for a label on a logarithmic axis."""
+    apart: list[float] = []
+    for fraction in kept:
+        if not apart or fraction < apart[-1] / 1.04:
+            apart.append(fraction)
+    return apart
 
 
 def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
