@@ -178,7 +178,7 @@ def main() -> int:
             def on_stage(stage: Stage, infos: list[OneShotInfo | None] = infos) -> None:
                 infos.append(stage.info)
 
-            result, _, _ = measure(problem, name, recipe, target, examples=examples, seed=seed, on_stage=on_stage)
+            result = measure(problem, name, recipe, target, examples=examples, seed=seed, on_stage=on_stage).result
             config = {"title": recipe.title, "examples": examples, "damping": damping, "stages": len(infos)}
             info = infos[-1]
             if recipe.curvature == "auto" and info is not None:

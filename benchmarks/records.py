@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from woodjax.report import environment
+from woodjax.records import environment
 
 RESULTS = Path(__file__).parent / "results"
 

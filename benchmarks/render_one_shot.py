@@ -7,7 +7,7 @@ import published
 from matplotlib.figure import Figure
 
 from woodjax.plots import draw_accuracy
-from woodjax.report import Result
+from woodjax.records import Result
 
 Record = dict[str, Any]
 

@@ -75,6 +75,15 @@ def test_picture(run):
 
 
 @pytest.mark.newest
+def test_page_shows_the_best_network(run):
+    results = [r for r in json.loads((run / "report.json").read_text())["results"] if r["sparsity"] == 0.5]
+    best = max(results, key=lambda result: result["accuracy"])
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert f"{best['title']}: the most accurate of 6 methods" in html
+    assert f"<b>{100 * best['accuracy']:.2f} %</b>" in html
+
+
+@pytest.mark.newest
 def test_the_same_seed_gives_the_same_weights(run, tmp_path):
     assert main(["prune", *SMALL, "--method", "joint-staged", "--out", str(tmp_path)]) == 0
     name = "arrays/joint-staged-0.5.safetensors"

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from woodjax.comparison import Measured, Problem
     from woodjax.curvature.damping import Damping
+    from woodjax.records import Run
+    from woodjax.report import Page
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 METHODS = ("magnitude", "diagonal", "woodfisher", "joint", "joint-staged", "auto")
@@ -70,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--stages", type=int, default=16, help="stages of the staged methods")
     add("--microbatch-size", type=int, default=64, help="per-example gradients computed at once")
     add("--seed", type=int, default=0, help="seed of initial weights, training and examples")
-    add("--out", type=Path, default=Path("woodjax-out"), help="folder for report.json, summary.png and arrays")
+    add(
+        "--out",
+        type=Path,
+        default=Path("woodjax-out"),
+        help="folder for report.html and .json, summary.png and arrays",
+    )
     return parser
 
 
@@ -90,9 +98,9 @@ def _prune(options: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     from woodjax.comparison import load_problem, measure
-    from woodjax.plots import summary_figure
+    from woodjax.plots import nearest_level, summary_figure
     from woodjax.recipes import recipes
-    from woodjax.report import Report, save_arrays
+    from woodjax.records import Run, save_arrays
     from woodjax.sparsities import check_sparsity
 
     known = recipes(damping=_damping(options.damping), block_size=options.block_size, stages=options.stages)
@@ -119,18 +127,19 @@ def _prune(options: argparse.Namespace) -> None:
         )
         arrays = options.out / "arrays"
         arrays.mkdir(parents=True, exist_ok=True)
-        report = Report(
+        run = Run(
             network=problem.network,
             dataset=options.dataset,
             seed=options.seed,
             dense_accuracy=problem.accuracy(problem.params),
             config={name: _plain(value) for name, value in vars(options).items()} | {"network": problem.network},
         )
+        shown, best = nearest_level(options.sparsity), None
         for name in options.method:
             stages = sum(known[name].stages_to(sparsity) for sparsity in options.sparsity)
             bar = bars.add_task(known[name].title, total=stages)
             for sparsity in options.sparsity:
-                result, pruned, masks = measure(
+                measured = measure(
                     problem,
                     name,
                     known[name],
@@ -140,12 +149,41 @@ def _prune(options: argparse.Namespace) -> None:
                     microbatch_size=options.microbatch_size,
                     on_stage=lambda _, bar=bar: bars.advance(bar),
                 )
-                report.results.append(result)
-                save_arrays(arrays / f"{name}-{sparsity:g}.safetensors", pruned, masks)
-                report.save(options.out / "report.json")
-    summary_figure(report).savefig(options.out / "summary.png", dpi=150)
-    console.print(report.table())
-    console.print(f"Report, picture, weights and masks are in {options.out}/.")
+                run.results.append(measured.result)
+                save_arrays(arrays / f"{name}-{sparsity:g}.safetensors", measured.params, measured.masks)
+                run.save(options.out / "report.json")
+                if sparsity == shown and (best is None or measured.result.accuracy > best.result.accuracy):
+                    best = measured
+    summary_figure(run).savefig(options.out / "summary.png", dpi=150)
+    if best is not None:
+        page = _page(problem, run, best)
+        page.save(options.out / "report.html")
+    console.print(run.table())
+    console.print(f"Records, picture, weights and masks are in {options.out}/; look at {options.out}/report.html.")
+
+
+def _page(problem: "Problem", run: "Run", best: "Measured") -> "Page":
+    """The page of the best network of a run, beside all others."""
+    import numpy as np
+
+    from woodjax.report import report
+
+    result = best.result
+    return report(
+        problem.params,
+        best.params,
+        best.masks,
+        best.info,
+        evaluate=problem.accuracy,
+        magnitude=all(r.method != "magnitude" for r in run.results),
+        history=run.results,
+        apply_fn=problem.apply_fn,
+        example=np.asarray(problem.dataset.test_inputs[:1]),
+        seconds=result.seconds,
+        title=f"{run.network} on {run.dataset}, {100 * result.sparsity:g} % pruned",
+        notes=f"{result.title}: the most accurate of {len({r.method for r in run.results})} methods at this sparsity, "
+        f"one-shot, seed {run.seed}. Accuracies are those of the test split, by which this network was picked.",
+    )
 
 
 def _plain(value: object) -> object:

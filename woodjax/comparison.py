@@ -13,9 +13,9 @@ from woodjax.adapters.nnx import functional
 from woodjax.datasets import READERS, Dataset, load_dataset
 from woodjax.losses import cross_entropy
 from woodjax.models import NETWORKS, load_torch_layout
-from woodjax.one_shot import Stage
+from woodjax.one_shot import OneShotInfo, Stage
 from woodjax.recipes import Recipe, prune
-from woodjax.report import Result, leaf_density
+from woodjax.records import Result, leaf_density
 from woodjax.training import evaluate, train
 from woodjax.tree import make_layout
 from woodjax.typing import ApplyFn, Batch, LossFn, Masks, Params
@@ -26,6 +26,15 @@ DEFAULT_NETWORK = {
     "cifar10": "resnet20",
     "cifar10-subset": "resnet20",
 }
+
+
+class Measured(NamedTuple):
+    """A pruned network, and what was measured of it."""
+
+    result: Result
+    params: Params
+    masks: Masks
+    info: OneShotInfo | None  # None for magnitude, which sees no data
 
 
 class Problem(NamedTuple):
@@ -112,7 +121,7 @@ def measure(
     seed: int,
     microbatch_size: int = 64,
     on_stage: Callable[[Stage], None] | None = None,
-) -> tuple[Result, Params, Masks]:
+) -> Measured:
     """Prune once and measure what came out.
 
     Args:
@@ -126,7 +135,7 @@ def measure(
         on_stage: Called after each stage.
 
     Returns:
-        The result, the pruned parameters and the masks.
+        The result, the pruned parameters, the masks and the info.
 
     Raises:
         ValueError: As `woodjax.prune_one_shot`.
@@ -159,4 +168,4 @@ def measure(
         measured_loss_change=None if info is None else float((info.loss_after - info.loss_before).sum()),
         leaf_density=leaf_density(masks),
     )
-    return result, pruned, masks
+    return Measured(result, pruned, masks, info)

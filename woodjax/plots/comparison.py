@@ -1,4 +1,4 @@
-"""Pictures of pruning: accuracy against sparsity, and where the survivors are."""
+"""Methods side by side: accuracy against sparsity, and what each keeps of every leaf."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from woodjax.report import Report, Result
+from woodjax.records import Result, Run
 
 COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")  # Okabe & Ito
 STYLE = {"mask": ":", "update": "--", "staged": "-", "first_order": "-."}
 
 
-def summary_figure(report: Report) -> Figure:
+def summary_figure(run: Run) -> Figure:
     """Accuracy against sparsity beside the density of each leaf, for all methods of a run.
 
     Args:
-        report: A run with at least one result.
+        run: At least one result.
 
     Returns:
         A matplotlib figure: save it by `figure.savefig(file)`.
@@ -24,18 +24,35 @@ def summary_figure(report: Report) -> Figure:
     Raises:
         ValueError: No results.
     """
-    if not report.results:
-        raise ValueError("The report has no results to draw.")
+    if not run.results:
+        raise ValueError("The run has no results to draw.")
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_accuracy(left, report.results, dense=report.dense_accuracy)
-    levels = sorted({result.sparsity for result in report.results})
-    level = min(levels, key=lambda s: abs(s - 0.9))
-    draw_leaf_density(right, [result for result in report.results if result.sparsity == level])
-    figure.suptitle(f"{report.network} on {report.dataset}, seed {report.seed}")
+    draw_accuracy(left, run.results, dense=run.dense_accuracy)
+    level = nearest_level([result.sparsity for result in run.results])
+    draw_leaf_density(right, [result for result in run.results if result.sparsity == level])
+    figure.suptitle(f"{run.network} on {run.dataset}, seed {run.seed}")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def nearest_level(levels: Sequence[float], target: float = 0.9) -> float:
+    """The level that pictures of one sparsity show.
+
+    Args:
+        levels: Sparsities, at least one.
+        target: What to be near to; of two as near, the lower.
+
+    Returns:
+        One of the levels.
+
+    Example:
+        >>> from woodjax.plots.comparison import nearest_level
+        >>> nearest_level([0.5, 0.95, 0.98])
+        0.95
+    """
+    return min(sorted(levels), key=lambda level: abs(level - target))
 
 
 def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> None:
@@ -65,9 +82,10 @@ def draw_accuracy(axes: Axes, results: Sequence[Result], *, dense: float) -> Non
     axes.set_xscale("log")
     if kept:
         axes.set_xlim(kept[0] * 1.08, kept[-1] / 1.08)
+    kept = _apart(kept)
     axes.xaxis.set_major_locator(FixedLocator(kept))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{100 * (1 - k):g}" for k in kept])
+    axes.set_xticklabels([f"{100 * (1 - k):.4g}" for k in kept])
     axes.set_xlabel("sparsity, %")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
@@ -107,6 +125,15 @@ def draw_leaf_density(axes: Axes, results: Sequence[Result]) -> None:
     axes.set_ylabel("kept, %")
     axes.set_title(f"kept of each leaf at {100 * results[0].sparsity:g} % sparsity")
     axes.grid(alpha=0.3)
+
+
+def _apart(kept: Sequence[float]) -> list[float]:
+    """Those of falling fractions that have room for a label on a logarithmic axis."""
+    apart: list[float] = []
+    for fraction in kept:
+        if not apart or fraction < apart[-1] / 1.04:
+            apart.append(fraction)
+    return apart
 
 
 def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:

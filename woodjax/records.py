@@ -33,8 +33,8 @@ class Result:
 
 
 @dataclass
-class Report:
-    """A whole run."""
+class Run:
+    """Results of a whole run."""
 
     network: str
     dataset: str
@@ -44,7 +44,7 @@ class Report:
     results: list[Result] = field(default_factory=list)
 
     def save(self, file: Path) -> None:
-        """Write the report as JSON, with the environment it was made in."""
+        """Write the run as JSON, with the environment it was made in."""
         file.write_text(json.dumps({**asdict(self), "environment": environment()}, indent=1) + "\n")
 
     def table(self) -> Table:
@@ -69,7 +69,7 @@ def environment() -> dict[str, str]:
         Names and values, for records.
 
     Example:
-        >>> from woodjax.report import environment
+        >>> from woodjax.records import environment
         >>> sorted(environment())
         ['device', 'jax', 'platform', 'python', 'woodjax']
     """
@@ -93,7 +93,7 @@ def leaf_density(masks: Masks) -> dict[str, float]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from woodjax.report import leaf_density
+        >>> from woodjax.records import leaf_density
         >>> leaf_density({"kernel": jnp.array([[True, False]]), "bias": jnp.array([True])})
         {'kernel': 0.5}
     """
