@@ -42,7 +42,7 @@ OTHERS = {
     "transform_overhead": render_overhead,
 }
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def values(records: list[Record], method: str, sparsity: float, metric: str) -> list[float]:

@@ -1,7 +1,7 @@
 """What MkDocs does not do by itself: pages from outside `docs/`, and formulas without JavaScript.
 
-Pages link to `../benchmarks/results/NAME.md` as the repository has them, so that the links work there too. The site has no
-folder above its own: those files come into it under their own paths, and links that leave `docs/` lose the step out of it.
+Pages link to `../benchmarks/results/NAME.md` as the repository has them, so that the links work there too. The site has
+no folder above its own: those files come into it under their own paths, and links out of `docs/` lose the step up.
 """
 
 import re
