@@ -12,7 +12,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 demo: $(VENV)/.ready
 	$(BIN)/woodjax prune --out demo $(ARGS)
 
-test: lint types floors unit
+test: lint types floors docs unit
 
 # A file in one process: what one of its tests compiled serves the others.
 unit: $(VENV)/.ready

@@ -1,9 +1,10 @@
 """The documentation: its examples run, its links lead somewhere, its reference has every public name once."""
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -111,3 +112,21 @@ def test_reference_has_every_public_name_once():
         module, _, key = entry.rpartition(".")
         assert module in MODULES, f"{entry} is not public"
         assert hasattr(importlib.import_module(f"woodjax.{module}"), key)
+
+
+def test_names_in_the_text_exist():
+    for page in PAGES:
+        for used in re.findall(r"\b(?:wj|woodjax)\.([a-z_A-Z0-9]+)\b(?!/)", page.read_text()):
+            known = hasattr(wj, used) or importlib.util.find_spec(f"woodjax.{used}")
+            assert known, f"{name(page)}: woodjax.{used}"
+
+
+def test_floors_are_those_that_are_checked():
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    checked = [{part.strip() for part in layer.split("|")} - {"__main__"} for layer in layers]
+    table = prose(DOCS / "architecture.md").split("| floor | files |")[1].split("\n\n")[0]
+    rows = [set(re.findall(r"`(\w+)/?`", row)) for row in table.splitlines()[2:]]
+    places = {file: place for place, files in enumerate(rows) for file in files}
+    in_order = [sorted(places[file] for file in layer) for layer in checked if layer]
+    assert set(places) == set.union(*checked)
+    assert [place for layer in in_order for place in layer] == sorted(places.values())
