@@ -7,12 +7,12 @@ ARGS ?=
 # XLA's Cholesky on CPU is OpenBLAS's: its spinning threads would keep the cores from XLA's own.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test unit lint types floors clean
+.PHONY: demo test unit lint types floors docs clean
 
 demo: $(VENV)/.ready
 	$(BIN)/woodjax prune --out demo $(ARGS)
 
-test: lint types floors unit
+test: lint types floors docs unit
 
 # A file in one process: what one of its tests compiled serves the others.
 unit: $(VENV)/.ready
@@ -28,10 +28,14 @@ types: $(VENV)/.ready
 floors: $(VENV)/.ready
 	$(BIN)/lint-imports
 
+# Into site/; look at it by `python -m http.server --directory site`. The switch silences a notice of the theme's.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo site .pytest_cache .ruff_cache .import_linter_cache

@@ -38,7 +38,7 @@ OTHERS = {
     "transform_overhead": render_overhead,
 }
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def update_marks(name: str, text: str) -> None:
