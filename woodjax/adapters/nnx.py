@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.errors import TraceContextError
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from woodjax.adapters._nnx_blocks import host_layers as host_layers
 from woodjax.adapters._nnx_blocks import layer_function as layer_function
@@ -22,7 +22,7 @@ from woodjax.transform import RefreshInfo, get_info, get_masks
 from woodjax.transform import refresh as woodjax_refresh
 from woodjax.transform import set_masks as woodjax_set_masks
 from woodjax.tree import apply_masks
-from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params
+from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params, PyTree
 
 TrainFn = Callable[[Params, PyTree, Batch], tuple[Float[Array, "n classes"], PyTree]]
 
@@ -143,7 +143,7 @@ def update(model: nnx.Module, params: Params) -> None:
 
 def refresh(
     model: nnx.Module,
-    optimizer: nnx.Optimizer,
+    optimizer: nnx.Optimizer[Any],
     batch: Batch,
     sparsity: Sparsity,
     *,
@@ -184,7 +184,7 @@ def refresh(
     return done
 
 
-def masks(optimizer: nnx.Optimizer) -> Masks:
+def masks(optimizer: nnx.Optimizer[Any]) -> Masks:
     """The masks that an optimizer holds.
 
     Args:
@@ -202,7 +202,7 @@ def masks(optimizer: nnx.Optimizer) -> Masks:
     return nnx.to_pure_dict(get_masks(_values(optimizer.opt_state)))
 
 
-def set_masks(model: nnx.Module, optimizer: nnx.Optimizer, masks: Masks) -> None:
+def set_masks(model: nnx.Module, optimizer: nnx.Optimizer[Any], masks: Masks) -> None:
     """`woodjax.set_masks` for a model and its `nnx.Optimizer`, in place; pruned weights become zero at once.
 
     Args:
@@ -223,7 +223,7 @@ def set_masks(model: nnx.Module, optimizer: nnx.Optimizer, masks: Masks) -> None
     nnx.update(model, apply_masks(params, state))
 
 
-def info(optimizer: nnx.Optimizer) -> RefreshInfo:
+def info(optimizer: nnx.Optimizer[Any]) -> RefreshInfo:
     """What the last refresh did.
 
     Args:

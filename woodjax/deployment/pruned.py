@@ -3,10 +3,9 @@
 from os import PathLike
 from typing import Any
 
-from jaxtyping import PyTree
-
 from woodjax.deployment.files import load_arrays, save_arrays
 from woodjax.structured import ImplantedKernel, PrunePlan
+from woodjax.typing import PyTree
 
 PLAN = "plan"
 

@@ -5,10 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import PyTree, Shaped
 
 from woodjax.tree import check_like
-from woodjax.typing import Masks, Params
+from woodjax.typing import Masks, Params, PyTree
 
 Hidden = PyTree
 """What goes from layer to layer: an array, or a pytree of them, with sequences along the first axis of every leaf."""
@@ -66,7 +65,7 @@ class HostLayer:
     def __init__(self, apply: LayerFn, params: Params) -> None:
         """Copy the parameters to the host."""
         self.apply = apply
-        self.params: PyTree[Shaped[np.ndarray, "..."]] = _to_host(params)
+        self.params: Params = _to_host(params)
         self.masks: Masks | None = None
 
     def load(self) -> Params:

@@ -20,18 +20,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from woodjax.curvature import low_rank_fisher
 from woodjax.stages import CurvatureFn
 from woodjax.tree import is_kernel, path_name
-from woodjax.typing import Gradients, Params, Select
+from woodjax.typing import Gradients, Params, PyTree, Select
 
 
 class WindowState(NamedTuple):
     """Rows of the gradients seen, arrays only."""
 
-    rows: PyTree[Float[Array, "k ..."]]  # a params-tree; leaves that are not kept are [k]
+    rows: PyTree  # a params-tree of `[k, *leaf.shape]`; leaves that are not kept are [k]
     filled: Int[Array, " k"]  # gradients summed in each row
     seen: Int[Array, ""]  # gradients written so far
 

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
 
 from woodjax.tree.names import path_name
+from woodjax.typing import Masks, PyTree
 
 
 def wide_dtype(tree: PyTree) -> jnp.dtype:
@@ -75,7 +75,7 @@ def check_bool(masks: PyTree, name: str) -> None:
             )
 
 
-def apply_masks(tree: PyTree[Float[Array, "..."]], masks: PyTree[Bool[Array, "..."]]) -> PyTree:
+def apply_masks(tree: PyTree, masks: Masks) -> PyTree:
     """Set pruned coordinates to zero: `where(mask, x, 0)`, also where `x` is not finite.
 
     Args:

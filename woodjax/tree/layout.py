@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from woodjax.tree.checks import check_floating
 from woodjax.tree.names import is_kernel, path_name
-from woodjax.typing import Select
+from woodjax.typing import PyTree, Select
 
 
 class LeafSpec(NamedTuple):
