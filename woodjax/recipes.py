@@ -17,6 +17,8 @@ from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.tree import apply_masks
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
 
+__all__ = ["Column", "Recipe", "prune", "recipes"]
+
 Column = Literal["mask", "update", "staged", "first_order"]
 
 

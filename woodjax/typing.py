@@ -23,6 +23,21 @@ if TYPE_CHECKING:
 else:
     from jaxtyping import PyTree
 
+__all__ = [
+    "ApplyFn",
+    "Batch",
+    "Example",
+    "Gradients",
+    "Groups",
+    "LossFn",
+    "Masks",
+    "Params",
+    "PyTree",
+    "Scores",
+    "Select",
+    "Updates",
+]
+
 Params: TypeAlias = PyTree
 """Any pytree whose leaves are floating arrays."""
 

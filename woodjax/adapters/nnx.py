@@ -9,12 +9,8 @@ from flax import nnx
 from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
-from woodjax.adapters._nnx_blocks import host_layers as host_layers
-from woodjax.adapters._nnx_blocks import layer_function as layer_function
-from woodjax.adapters._nnx_variables import CHANGED, with_values
-from woodjax.adapters._nnx_variables import functional_variables as functional_variables
-from woodjax.adapters._nnx_variables import with_shapes_of as with_shapes_of
-from woodjax.adapters._nnx_variables import write_variables as write_variables
+from woodjax.adapters._nnx_blocks import host_layers, layer_function
+from woodjax.adapters._nnx_variables import CHANGED, functional_variables, with_shapes_of, with_values, write_variables
 from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
 from woodjax.losses import cross_entropy
 from woodjax.sparsities import Sparsity
@@ -23,6 +19,24 @@ from woodjax.transform import refresh as woodjax_refresh
 from woodjax.transform import set_masks as woodjax_set_masks
 from woodjax.tree import apply_masks
 from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params, PyTree
+
+__all__ = [
+    "TrainFn",
+    "functional",
+    "functional_train",
+    "functional_variables",
+    "host_layers",
+    "info",
+    "layer_function",
+    "masks",
+    "reestimate_batch_stats",
+    "refresh",
+    "set_masks",
+    "update",
+    "warm_up_batch_stats",
+    "with_shapes_of",
+    "write_variables",
+]
 
 TrainFn = Callable[[Params, PyTree, Batch], tuple[Float[Array, "n classes"], PyTree]]
 
