@@ -76,7 +76,7 @@ def hoeffding_bentkus_p_value(values: Float[np.ndarray, " n"], mean: float) -> f
         >>> round(wj.hoeffding_bentkus_p_value(np.zeros(100), 0.1), 8)  # 0.9¹⁰⁰, Hoeffding's
         2.656e-05
     """
-    from scipy.special import bdtr  # here: it is a third of the time that `import woodjax` would take
+    from scipy.special import bdtr  # here: it would be a quarter of the time of `import woodjax`
 
     values = _checked(values, mean)
     n, found = values.size, min(values.mean(), mean)

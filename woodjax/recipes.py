@@ -33,7 +33,14 @@ class Recipe:
     first_order: bool = False
 
     def stages_to(self, sparsity: float) -> int:
-        """Stages that it takes to a sparsity."""
+        """Stages that it takes to a sparsity.
+
+        Args:
+            sparsity: Fraction to prune.
+
+        Returns:
+            Their number.
+        """
         return stages_for(sparsity, first_order=self.first_order) if self.stages == "auto" else self.stages
 
     @property

@@ -46,7 +46,11 @@ class Report:
     results: list[Result] = field(default_factory=list)
 
     def save(self, file: Path) -> None:
-        """Write the report as JSON, with the environment it was made in."""
+        """Write the report as JSON, with the environment it was made in.
+
+        Args:
+            file: Where to.
+        """
         file.write_text(json.dumps({**asdict(self), "environment": environment()}, indent=1) + "\n")
 
     def table(self) -> Table:
