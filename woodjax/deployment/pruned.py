@@ -22,6 +22,9 @@ def save_pruned(path: str | PathLike[str], variables: PyTree, plan: PrunePlan) -
         ValueError: As `save_arrays`.
         ImportError: Without safetensors.
 
+    Cost:
+        As `save_arrays`.
+
     Example:
         >>> import jax.numpy as jnp, numpy as np, tempfile, woodjax as wj
         >>> variables = {"hidden": jnp.ones((3, 4)), "head": jnp.ones((4, 2))}

@@ -39,6 +39,10 @@ class ResidentLayer(Protocol):
         """Take the pruned parameters and their masks, arrays of the device, out of the way.
 
         A run that can be resumed writes elsewhere than `load` reads.
+
+        Args:
+            params: A params-tree, pruned weights exactly zero.
+            masks: A params-tree of bool, True = survives.
         """
         ...
 
