@@ -7,7 +7,7 @@ ARGS ?=
 # XLA's Cholesky on CPU is OpenBLAS's: its spinning threads would keep the cores from XLA's own.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test unit lint types floors docs clean
+.PHONY: demo test unit lint types floors docs release notebooks regression clean
 
 demo: $(VENV)/.ready
 	$(BIN)/woodjax prune --out demo $(ARGS)
@@ -21,9 +21,11 @@ unit: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(VENV)/.ready
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	PATH="$(abspath $(BIN)):$$PATH" basedpyright --verifytypes woodjax --ignoreexternal | tail -5  # of the public face
 
 floors: $(VENV)/.ready
 	$(BIN)/lint-imports
@@ -32,10 +34,14 @@ floors: $(VENV)/.ready
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# What would be released: builds, checks and uses the wheel and the sdist.
+release: $(VENV)/.ready
+	.ci/release $(BIN)/python
+
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo site .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo dist site .pytest_cache .ruff_cache .import_linter_cache

@@ -1,17 +1,26 @@
 """Examples of the README run as they stand, and do what it says."""
 
+import ast
 import contextlib
 import io
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import woodjax as wj
 from woodjax.adapters import nnx as bridge
-from woodjax.training import evaluate
+from woodjax.datasets import load_dataset
+from woodjax.models import MLP
+from woodjax.training import evaluate, train
 
 pytestmark = pytest.mark.newest  # 300 steps each; test_transform_frameworks does the same in 8
 
@@ -21,13 +30,80 @@ AT_INIT = next(block for block in BLOCKS if "prune_at_init" in block)
 SMALLER = next(block for block in BLOCKS if "channel_groups" in block)
 MESH = next(block for block in BLOCKS if "make_mesh" in block)
 NNX, LINEN = (next(b for b in BLOCKS if "prune_transform" in b and word in b) for word in ("nnx.jit", "TrainState"))
+ONE_CALL = next(block for block in BLOCKS if "# a trained nnx.Module" in block)
+VARIATIONS = next(block for block in BLOCKS if "prune_to_loss" in block)
+SIX_WORDS = next(block for block in BLOCKS if "predicted_loss_change(updates, fisher)" in block)
 
 
-def run(block):
-    names = {}
+@pytest.fixture(scope="module")
+def trained():
+    """What the README's reader has: a trained model, its loss, and examples."""
+    data, model = load_dataset("digits"), MLP((64, 8, 10), rngs=nnx.Rngs(0))
+    train(model, data, epochs=2, seed=0)
+    apply_fn, params = bridge.functional(model)
+    inputs, labels = data.train_inputs[:40], data.train_labels[:40]
+    return {
+        "wj": wj,
+        "jax": jax,
+        "optax": optax,
+        "model": model,
+        "apply_fn": apply_fn,
+        "params": params,
+        "loss_fn": wj.cross_entropy(apply_fn),
+        "inputs": inputs,
+        "labels": labels,
+        "batch": (inputs, labels),
+        "fresh_examples": (data.train_inputs[40:440], data.train_labels[40:440]),
+    }
+
+
+def kernels(tree):
+    return [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
+
+
+def zeros(tree):
+    return sum(int((w == 0).sum()) for w in kernels(tree)), sum(w.size for w in kernels(tree))
+
+
+def run(block, names=()):
+    names = dict(names)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(block, str(README), "exec"), names)
     return names, printed.getvalue().splitlines()
+
+
+def test_one_call(trained):
+    names, _ = run(ONE_CALL, trained)
+    found, size = zeros(bridge.functional(names["model"])[1])
+    assert found == round(0.9 * size)
+    assert float(names["info"].sparsity[-1]) == pytest.approx(0.9, abs=1e-3)
+
+
+def test_variations(trained):
+    """Every line is one call; what comes back is what its comment says, here in two stages."""
+    few = SimpleNamespace(**{**vars(wj), "prune_one_shot": partial(wj.prune_one_shot, stages=2)})
+    trained = trained | {"wj": few}
+    lines = [ast.unparse(statement) for statement in ast.parse(VARIATIONS).body]
+    assert len(lines) == 5
+    (halved, *_), (floored, *_), (taught, *_), promised = (eval(line, dict(trained)) for line in lines[:4])
+    for kernel in kernels(halved):
+        groups = np.asarray(kernel).reshape(-1, 4, kernel.shape[-1])
+        assert ((groups != 0).sum(axis=1) == 2).all()
+    assert all((np.asarray(kernel) != 0).mean() >= 0.01 for kernel in kernels(floored))
+    for params in (floored, taught):
+        found, size = zeros(params)
+        assert found == round(0.95 * size)
+    assert zeros(promised[0])[0] > 0
+    names, _ = run(lines[4], trained)
+    assert names["labels"].shape == (40,)
+    assert set(np.asarray(names["labels"]).tolist()) <= set(range(10))
+
+
+def test_six_words(trained):
+    names, _ = run(SIX_WORDS, trained)
+    found, size = zeros(names["params"])
+    assert found == round(0.9 * size)
+    assert float(names["change"]) > 0
 
 
 def test_nnx():

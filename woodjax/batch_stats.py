@@ -5,9 +5,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
-from woodjax.typing import Batch, Params
+from woodjax.typing import Batch, Params, PyTree
 
 StatsFn = Callable[[Params, PyTree, Batch], PyTree]
 

@@ -14,6 +14,8 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 
+__all__ = ["Checkpoints", "write_json"]
+
 State = TypeVar("State")
 
 

@@ -133,6 +133,13 @@ def woodtaylor_scores(params: Params, curvature: Curvature, gradient: Params) ->
 
     References:
         Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340), section 5 and appendix S4.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> fisher = wj.diagonal_fisher({"w": jnp.array([[[1.0, 3.0]]])}, damping=1.0)  # H = diag(2, 10)
+        >>> weights, gradient = {"w": jnp.array([[1.0, 1.0]])}, {"w": jnp.array([[2.0, 0.0]])}
+        >>> wj.woodtaylor_scores(weights, fisher, gradient)["w"].round(3).tolist()  # ḡ takes the first one to 0
+        [[0.0, 5.0]]
     """
     check_like(gradient, params, "gradient")
     target = jax.tree.map(lambda w, h: _wide(w) - h, params, curvature.solve(gradient))

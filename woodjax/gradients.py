@@ -117,6 +117,14 @@ def sampled_label_gradients(
     References:
         Kunstner, Hennig & Balles 2019 (arXiv 1905.12558), section 2: why the empirical Fisher is
         not the Fisher.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, woodjax as wj
+        >>> apply_fn = lambda w, x: x @ w
+        >>> weights, inputs, key = jnp.zeros((1, 2)), jnp.ones((4, 1)), jax.random.key(0)
+        >>> rows = wj.sampled_label_gradients(apply_fn, weights, inputs, key, samples=3)
+        >>> rows.shape, jnp.unique(jnp.abs(rows)).round(3).tolist()
+        ((12, 1, 2), [0.5])
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}: pass at least 1.")
@@ -192,6 +200,12 @@ def all_class_gradients(
 
     References:
         Martens 2014 (arXiv 1412.1193), section 9.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> apply_fn = lambda w, x: x @ w
+        >>> wj.all_class_gradients(apply_fn, jnp.zeros((1, 2)), jnp.ones((1, 1))).round(3).tolist()  # p = ½, ½
+        [[[-0.5, 0.5]], [[0.5, -0.5]]]
     """
     batch_size(inputs)
     check_apply(apply_fn, params, inputs)

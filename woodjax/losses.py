@@ -27,6 +27,9 @@ def cross_entropy(apply_fn: ApplyFn, *, temperature: float = 1.0) -> LossFn:
     Cost:
         One forward pass.
 
+    References:
+        The negative log-likelihood of the softmax; Hinton et al. 2015 (arXiv 1503.02531), section 2: the temperature.
+
     Example:
         >>> import jax.numpy as jnp, woodjax as wj
         >>> loss = wj.cross_entropy(lambda w, x: x @ w)

@@ -17,6 +17,8 @@ from woodjax.one_shot import OneShotInfo, Stage, prune_one_shot
 from woodjax.tree import apply_masks
 from woodjax.typing import Batch, Gradients, LossFn, Masks, Params
 
+__all__ = ["Column", "Recipe", "prune", "recipes"]
+
 Column = Literal["mask", "update", "staged", "first_order"]
 
 
@@ -31,7 +33,14 @@ class Recipe:
     first_order: bool = False
 
     def stages_to(self, sparsity: float) -> int:
-        """Stages that it takes to a sparsity."""
+        """Stages that it takes to a sparsity.
+
+        Args:
+            sparsity: Fraction to prune.
+
+        Returns:
+            Their number.
+        """
         return stages_for(sparsity, first_order=self.first_order) if self.stages == "auto" else self.stages
 
     @property

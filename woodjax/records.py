@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 from woodjax.tree import path_name
 from woodjax.typing import Masks, Params
 
+__all__ = ["Report", "Result", "environment", "leaf_density", "save_arrays"]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -44,7 +46,11 @@ class Run:
     results: list[Result] = field(default_factory=list)
 
     def save(self, file: Path) -> None:
-        """Write the run as JSON, with the environment it was made in."""
+        """Write the run as JSON, with the environment it was made in.
+
+        Args:
+            file: Where to.
+        """
         file.write_text(json.dumps({**asdict(self), "environment": environment()}, indent=1) + "\n")
 
     def table(self) -> Table:

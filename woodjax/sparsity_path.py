@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float
 
 from woodjax.compensation import compensate
 from woodjax.criteria import obs_scores
@@ -19,7 +19,7 @@ from woodjax.curvature import Curvature, LowRankFisher, predicted_loss_change
 from woodjax.masks import Scope, make_masks, mask_sparsity
 from woodjax.placement import on_any_axes
 from woodjax.sparsities import check_sparsity
-from woodjax.typing import Masks, Params, Scores
+from woodjax.typing import Masks, Params, PyTree, Scores
 
 
 class SparsityPath(NamedTuple):
@@ -27,7 +27,7 @@ class SparsityPath(NamedTuple):
 
     sparsity: Float[Array, " levels"]  # reached, of the weights that count
     predicted_loss_change: Float[Array, " levels"]  # of the joint update, first-order term left out
-    level: PyTree[Int[Array, "..."]]  # first level at which a weight is gone; `levels`: never
+    level: PyTree  # a params-tree of integers: first level at which a weight is gone; `levels`: never
 
     def masks(self, number: int) -> Masks:
         """Masks of one level, True = survives.

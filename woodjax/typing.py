@@ -13,10 +13,30 @@ Symbols used throughout the library:
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Shaped
+
+if TYPE_CHECKING:
+    PyTree: TypeAlias = Any  # jaxtyping's own is of unknown type to a type checker, and so would be all that takes one
+else:
+    from jaxtyping import PyTree
+
+__all__ = [
+    "ApplyFn",
+    "Batch",
+    "Example",
+    "Gradients",
+    "Groups",
+    "LossFn",
+    "Masks",
+    "Params",
+    "PyTree",
+    "Scores",
+    "Select",
+    "Updates",
+]
 
 Params: TypeAlias = PyTree
 """Any pytree whose leaves are floating arrays."""

@@ -95,6 +95,14 @@ def choose_update(
     Cost:
         One Gram matrix and a factor for each multiple, one `compensate` for each other rule, and one forward pass over
         the held-out examples for each candidate and each step.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> params, masks = {"w": jnp.ones((1, 2))}, {"w": jnp.array([[True, False]])}
+        >>> fisher = wj.low_rank_fisher({"w": jnp.ones((1, 1, 2))}, damping=1.0)
+        >>> update, choice = wj.choose_update(params, masks, fisher, None, wj.UpdateSearch(), None)
+        >>> update["w"].round(3).tolist(), bool(choice.joint)
+        ([[0.5, -1.0]], True)
     """
     if not isinstance(curvature, LowRankFisher):
         search = search._replace(damping_multiples=(1.0,))

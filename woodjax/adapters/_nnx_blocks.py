@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from woodjax.adapters._nnx_variables import apply_variables, split_variables
 from woodjax.layerwise import HostLayer
+from woodjax.typing import PyTree
 
 
 def layer_function(block: nnx.Module) -> "LayerFunction":
@@ -46,9 +48,9 @@ def layer_function(block: nnx.Module) -> "LayerFunction":
 class LayerFunction:
     """A call of a block, known to `jit` by its graph. Made by `layer_function`."""
 
-    graph: nnx.GraphDef
-    state: nnx.State = field(compare=False, repr=False)  # of shapes
-    rest: nnx.State = field(compare=False, repr=False)
+    graph: nnx.GraphDef[Any]
+    state: nnx.State[Any, Any] = field(compare=False, repr=False)  # of shapes
+    rest: nnx.State[Any, Any] = field(compare=False, repr=False)
 
     def __call__(self, variables: PyTree, hidden: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         """Apply the block."""

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.errors import TraceContextError
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from woodjax.adapters._nnx_layers import fit_layers
-from woodjax.typing import ApplyFn, Params
+from woodjax.typing import ApplyFn, Params, PyTree
 
 CHANGED = (
     "The model changes a variable while it is evaluated (train-mode batch normalisation or dropout): call model.eval() "

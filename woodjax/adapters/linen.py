@@ -15,6 +15,14 @@ from woodjax.adapters._linen_layers import fit_layer
 from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
 from woodjax.typing import ApplyFn, Batch, Params
 
+__all__ = [
+    "functional",
+    "functional_variables",
+    "reestimate_batch_stats",
+    "warm_up_batch_stats",
+    "with_shapes_of",
+]
+
 
 def functional(module: nn.Module, variables: Mapping[str, Any], **kwargs: Any) -> tuple[ApplyFn, Params]:
     """Split a Linen module and its variables into `apply_fn(params, inputs)` and its parameters.

@@ -7,14 +7,10 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.errors import TraceContextError
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
-from woodjax.adapters._nnx_blocks import host_layers as host_layers
-from woodjax.adapters._nnx_blocks import layer_function as layer_function
-from woodjax.adapters._nnx_variables import CHANGED, with_values
-from woodjax.adapters._nnx_variables import functional_variables as functional_variables
-from woodjax.adapters._nnx_variables import with_shapes_of as with_shapes_of
-from woodjax.adapters._nnx_variables import write_variables as write_variables
+from woodjax.adapters._nnx_blocks import host_layers, layer_function
+from woodjax.adapters._nnx_variables import CHANGED, functional_variables, with_shapes_of, with_values, write_variables
 from woodjax.batch_stats import reestimate_batch_stats as woodjax_reestimate
 from woodjax.losses import cross_entropy
 from woodjax.sparsities import Sparsity
@@ -22,7 +18,25 @@ from woodjax.transform import RefreshInfo, get_info, get_masks
 from woodjax.transform import refresh as woodjax_refresh
 from woodjax.transform import set_masks as woodjax_set_masks
 from woodjax.tree import apply_masks
-from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params
+from woodjax.typing import ApplyFn, Batch, Example, LossFn, Masks, Params, PyTree
+
+__all__ = [
+    "TrainFn",
+    "functional",
+    "functional_train",
+    "functional_variables",
+    "host_layers",
+    "info",
+    "layer_function",
+    "masks",
+    "reestimate_batch_stats",
+    "refresh",
+    "set_masks",
+    "update",
+    "warm_up_batch_stats",
+    "with_shapes_of",
+    "write_variables",
+]
 
 TrainFn = Callable[[Params, PyTree, Batch], tuple[Float[Array, "n classes"], PyTree]]
 
@@ -143,7 +157,7 @@ def update(model: nnx.Module, params: Params) -> None:
 
 def refresh(
     model: nnx.Module,
-    optimizer: nnx.Optimizer,
+    optimizer: nnx.Optimizer[Any],
     batch: Batch,
     sparsity: Sparsity,
     *,
@@ -184,7 +198,7 @@ def refresh(
     return done
 
 
-def masks(optimizer: nnx.Optimizer) -> Masks:
+def masks(optimizer: nnx.Optimizer[Any]) -> Masks:
     """The masks that an optimizer holds.
 
     Args:
@@ -202,7 +216,7 @@ def masks(optimizer: nnx.Optimizer) -> Masks:
     return nnx.to_pure_dict(get_masks(_values(optimizer.opt_state)))
 
 
-def set_masks(model: nnx.Module, optimizer: nnx.Optimizer, masks: Masks) -> None:
+def set_masks(model: nnx.Module, optimizer: nnx.Optimizer[Any], masks: Masks) -> None:
     """`woodjax.set_masks` for a model and its `nnx.Optimizer`, in place; pruned weights become zero at once.
 
     Args:
@@ -223,7 +237,7 @@ def set_masks(model: nnx.Module, optimizer: nnx.Optimizer, masks: Masks) -> None
     nnx.update(model, apply_masks(params, state))
 
 
-def info(optimizer: nnx.Optimizer) -> RefreshInfo:
+def info(optimizer: nnx.Optimizer[Any]) -> RefreshInfo:
     """What the last refresh did.
 
     Args:

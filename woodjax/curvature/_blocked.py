@@ -36,7 +36,15 @@ class Grouped(abc.ABC):
 
     @abc.abstractmethod
     def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
-        """The part that a leaf belongs to, and where in it the weights of the leaf's groups stand."""
+        """The part that a leaf belongs to, and where in it the weights of the leaf's groups stand.
+
+        Args:
+            leaf: Number of the leaf.
+            groups: Indices into the flattened leaf.
+
+        Returns:
+            The number of the part, and places in it.
+        """
 
     @abc.abstractmethod
     def damping_tree(self) -> Params:
@@ -44,17 +52,41 @@ class Grouped(abc.ABC):
 
     @abc.abstractmethod
     def submatrices(self, part: int, places: Int[Array, "c q"]) -> Float[Array, "c q q"]:
-        """`[H⁻¹]_QQ` of some groups of a part, all at once."""
+        """`[H⁻¹]_QQ` of some groups of a part, all at once.
+
+        Args:
+            part: Number of the part.
+            places: Of the weights of each group.
+
+        Returns:
+            `[c, q, q]`; 0 between weights whose correlation `H` does not hold.
+        """
 
     def costs(self, part: int, places: Int[Array, "c q"], target: Float[Array, "c q"]) -> Float[Array, " c"]:
-        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of some groups of a part, all at once."""
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of some groups of a part, all at once.
+
+        Args:
+            part: Number of the part.
+            places: Of the weights of each group.
+            target: `t`, at these places.
+
+        Returns:
+            `[c]`, in units of the loss.
+        """
         inverse = self.submatrices(part, places)
         if len(inverse) == 1:  # no batch of LAPACK calls where there is one group
             return linalg.group_cost(inverse[0], target[0])[None]
         return jax.vmap(linalg.group_cost)(inverse, target)
 
     def group_bytes(self, size: int) -> int:
-        """Workspace for one group."""
+        """Workspace for one group.
+
+        Args:
+            size: Weights in the group.
+
+        Returns:
+            Bytes.
+        """
         return INVERSION_BYTES * size * size
 
     @partial(compiled, groups=True)
@@ -139,11 +171,25 @@ class Blocked(Grouped):
 
     @abc.abstractmethod
     def block_solve(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
-        """`H⁻¹v`, block by block."""
+        """`H⁻¹v`, block by block.
+
+        Args:
+            blocks: `v`.
+
+        Returns:
+            Blocks.
+        """
 
     @abc.abstractmethod
     def block_matvec(self, blocks: Float[Array, "nb b"]) -> Float[Array, "nb b"]:
-        """`Hv`, block by block."""
+        """`Hv`, block by block.
+
+        Args:
+            blocks: `v`.
+
+        Returns:
+            Blocks.
+        """
 
     @abc.abstractmethod
     def block_compensate(
@@ -152,7 +198,16 @@ class Blocked(Grouped):
         kept: Bool[Array, "nb b"],
         gradient: Float[Array, "nb b"] | None,
     ) -> Float[Array, "nb b"]:
-        """Constrained minimiser, block by block."""
+        """Constrained minimiser, block by block.
+
+        Args:
+            weights: `w`.
+            kept: True = survives.
+            gradient: Mean gradient; None for a network at a minimum.
+
+        Returns:
+            The update `δ`, exactly `−w` on pruned weights.
+        """
 
     def group_places(self, leaf: int, groups: Int[Array, "n q"]) -> tuple[int, Int[Array, "n q"]]:
         """All leaves are one part: places among the flattened blocks."""

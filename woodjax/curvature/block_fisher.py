@@ -140,7 +140,15 @@ class BlockSums(Accumulator):
 
     @classmethod
     def empty(cls, layout: Layout, dtype: DTypeLike = jnp.float32) -> Self:
-        """The state before any data, of a layout that is there already."""
+        """The state before any data, of a layout that is there already.
+
+        Args:
+            layout: Cuts parameters into blocks.
+            dtype: Of the sums.
+
+        Returns:
+            The state without rows.
+        """
         b = layout.block_size
         return cls(layout, jnp.zeros((), jnp.int32), layout.zeros((layout.num_blocks, b, b), dtype, 0))
 

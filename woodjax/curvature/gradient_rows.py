@@ -64,7 +64,16 @@ class GradientRows(Accumulator):
 
     @classmethod
     def empty(cls, layout: Layout, capacity: int, dtype: DTypeLike = jnp.float32) -> Self:
-        """The state before any data, of a layout that is there already."""
+        """The state before any data, of a layout that is there already.
+
+        Args:
+            layout: Cuts parameters into blocks.
+            capacity: Rows that there is room for.
+            dtype: Of the rows.
+
+        Returns:
+            The state without rows.
+        """
         shape = (capacity, layout.num_blocks, layout.block_size)
         return cls(layout, jnp.zeros((), jnp.int32), layout.zeros(shape, dtype, 1 + layout.whole))
 

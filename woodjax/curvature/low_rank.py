@@ -13,7 +13,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, Blocked, map_blocks, map_chunks
@@ -26,7 +26,7 @@ from woodjax.curvature.damping import (
 )
 from woodjax.curvature.protocol import compiled
 from woodjax.tree import Layout
-from woodjax.typing import Masks, Params, Updates
+from woodjax.typing import Masks, Params, PyTree, Updates
 
 
 @partial(

@@ -82,19 +82,46 @@ class Curvature(Protocol):
         ...
 
     def inverse_diagonal(self) -> Params:
-        """`[H⁻¹]_qq` for every coordinate; 0 where the coordinate is held fixed."""
+        """`[H⁻¹]_qq` for every coordinate; 0 where the coordinate is held fixed.
+
+        Returns:
+            A params-tree; its entries are positive, or 0, or NaN where rounding has lost them.
+        """
         ...
 
     def solve(self, tree: Params) -> Params:
-        """Inverse-Hessian-vector product `H⁻¹v`."""
+        """Inverse-Hessian-vector product `H⁻¹v`.
+
+        Args:
+            tree: `v`, a params-tree.
+
+        Returns:
+            A params-tree; 0 where the coordinate is held fixed.
+        """
         ...
 
     def matvec(self, tree: Params) -> Params:
-        """Hessian-vector product `Hv`."""
+        """Hessian-vector product `Hv`.
+
+        Args:
+            tree: `v`, a params-tree.
+
+        Returns:
+            A params-tree; 0 where the coordinate is held fixed.
+        """
         ...
 
     def compensate(self, params: Params, masks: Masks, gradient: Params | None = None) -> Updates:
-        """Exact minimiser `δ` of `ḡᵀδ + ½δᵀHδ` subject to `δ_Q = −w_Q`, all of `Q` at once."""
+        """Exact minimiser `δ` of `ḡᵀδ + ½δᵀHδ` subject to `δ_Q = −w_Q`, all of `Q` at once.
+
+        Args:
+            params: Parameters `w`.
+            masks: A params-tree of bool, False on `Q`.
+            gradient: Mean gradient `ḡ`, a params-tree; None for a network at a minimum.
+
+        Returns:
+            `δ`, a params-tree; 0 where the coordinate is held fixed.
+        """
         ...
 
 
@@ -111,11 +138,26 @@ class GroupCurvature(Curvature, Protocol):
         ...
 
     def group_inverse(self, groups: Groups) -> Params:
-        """`[H⁻¹]_QQ` of every group, `[n, q, q]` for each leaf: for groups of a few weights."""
+        """`[H⁻¹]_QQ` of every group, `[n, q, q]` for each leaf: for groups of a few weights.
+
+        Args:
+            groups: A params-tree of indices `[n, q]` into each flattened leaf, `[0, 0]` for a leaf without groups.
+
+        Returns:
+            A params-tree of `[n, q, q]`.
+        """
         ...
 
     def group_costs(self, target: Params, groups: Groups) -> Params:
-        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of every group, `[n]` for each leaf."""
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of every group, `[n]` for each leaf.
+
+        Args:
+            target: `t`, a params-tree.
+            groups: As for `group_inverse`.
+
+        Returns:
+            A params-tree of `[n]`, in units of the loss.
+        """
         ...
 
 
@@ -128,7 +170,15 @@ class CoupledCurvature(GroupCurvature, Protocol):
         ...
 
     def coupled_costs(self, target: Params, groups: Groups) -> Float[Array, " n"]:
-        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of `n` groups, each row `i` of all leaves: values and indices, `[n, q]` each."""
+        """`½ t_Qᵀ([H⁻¹]_QQ)⁻¹t_Q` of `n` groups, each row `i` of all leaves: values and indices, `[n, q]` each.
+
+        Args:
+            target: `t`, leaves `[n, q]`, `[n, 0]` where the groups have no weights.
+            groups: Indices into each flattened leaf, of the same shapes; no weight twice in one group.
+
+        Returns:
+            Costs `[n]`, in units of the loss.
+        """
         ...
 
 

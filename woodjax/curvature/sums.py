@@ -31,19 +31,43 @@ class Accumulator(abc.ABC):
 
     @abc.abstractmethod
     def add_rows(self, rows: Float[Array, "k nb b"], fresh: Bool[Array, " k"] | None = None) -> Self:
-        """The state with those of the rows added that are fresh; None for all."""
+        """The state with those of the rows added that are fresh; None for all.
+
+        Args:
+            rows: Gradients, cut into the blocks of the layout.
+            fresh: Which rows count.
+
+        Returns:
+            The new state.
+        """
 
     @abc.abstractmethod
     def shard_specs(self) -> Self:
         """The state with the specs of its arrays in their place."""
 
     def add_gradients(self, gradients: Gradients, fresh: Bool[Array, " k"] | None = None) -> Self:
-        """`add_rows` of gradients that are a tree still."""
+        """`add_rows` of gradients that are a tree still.
+
+        Args:
+            gradients: Leaves `[k, *leaf.shape]`.
+            fresh: Which rows count; None for all.
+
+        Returns:
+            The new state.
+        """
         return self.add_rows(self.layout.to_blocks(gradients), fresh)
 
     @abc.abstractmethod
     def finalize(self, damping: Damping = ONE_PERCENT, *, held_out: Any = None) -> Curvature:
-        """Factor once, into a curvature."""
+        """Factor once, into a curvature.
+
+        Args:
+            damping: `λ`; a number, `Relative`, or `"auto"`.
+            held_out: Gradients that choose the damping where it is `"auto"`.
+
+        Returns:
+            A curvature of the rows seen.
+        """
 
     @abc.abstractmethod
     def _merged(self, other: Any) -> Self:

@@ -64,11 +64,27 @@ class TrainingData(Protocol):
         """From the images of a batch to inputs of a network."""
 
     def train_batches(self, *, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Images, Labels]]:
-        """Full batches of one epoch, an order that is a function of `seed` and `epoch` alone."""
+        """Full batches of one epoch, an order that is a function of `seed` and `epoch` alone.
+
+        Args:
+            batch_size: Examples in a batch.
+            seed: Not negative.
+            epoch: From 0.
+
+        Returns:
+            Pairs of images and labels.
+        """
         ...
 
     def test_batches(self, batch_size: int) -> Iterator[tuple[Images, Labels]]:
-        """The test split in its order; the last batch may be smaller."""
+        """The test split in its order; the last batch may be smaller.
+
+        Args:
+            batch_size: Examples in a batch.
+
+        Returns:
+            Pairs of images and labels.
+        """
         ...
 
 

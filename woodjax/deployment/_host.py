@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree, Shaped
+from jaxtyping import Shaped
 
 from woodjax.tree import path_name
+from woodjax.typing import PyTree
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:

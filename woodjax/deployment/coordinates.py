@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from woodjax.deployment._host import to_host
 from woodjax.tree import check_bool, check_like, path_name
-from woodjax.typing import Masks, Params
+from woodjax.typing import Masks, Params, PyTree
 
 
 def to_bcoo(params: Params, masks: Masks) -> PyTree:

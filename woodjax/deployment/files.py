@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree, Shaped
+from jaxtyping import Shaped
 
 from woodjax.deployment._host import named_leaves, nested, to_host
 from woodjax.tree import check_bool
-from woodjax.typing import Masks
+from woodjax.typing import Masks, PyTree
 
 METADATA = "woodjax"  # one entry, so that the same tree is the same file, byte for byte
 SHAPES = "mask_shapes"

@@ -47,8 +47,10 @@ class LayerFile:
         masks: str | PathLike[str] | None = None,
     ) -> None:
         """Read nothing yet."""
-        self.apply, self.source, self.destination = apply, Path(source), Path(destination)
-        self.masks = None if masks is None else Path(masks)
+        self.apply: LayerFn = apply
+        self.source: Path = Path(source)
+        self.destination: Path = Path(destination)
+        self.masks: Path | None = None if masks is None else Path(masks)
         if self.source.resolve() == self.destination.resolve():
             raise ValueError(
                 f"source and destination are both {self.source}: write pruned layers elsewhere, or a killed run would "

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from woodjax.deployment._host import named_leaves, to_host
 from woodjax.deployment.files import save_arrays
 from woodjax.macs import count_macs
+from woodjax.typing import PyTree
 
 Variant = tuple[Callable[[PyTree, PyTree], PyTree], PyTree]
 

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from woodjax.deployment._host import to_host
 from woodjax.patterns import NM
 from woodjax.tree import check_bool, check_like, path_name
-from woodjax.typing import Masks, Params
+from woodjax.typing import Masks, Params, PyTree
 
 
 @jax.tree_util.register_dataclass

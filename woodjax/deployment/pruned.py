@@ -3,10 +3,9 @@
 from os import PathLike
 from typing import Any
 
-from jaxtyping import PyTree
-
 from woodjax.deployment.files import load_arrays, save_arrays
 from woodjax.structured import ImplantedKernel, PrunePlan
+from woodjax.typing import PyTree
 
 PLAN = "plan"
 
@@ -22,6 +21,9 @@ def save_pruned(path: str | PathLike[str], variables: PyTree, plan: PrunePlan) -
     Raises:
         ValueError: As `save_arrays`.
         ImportError: Without safetensors.
+
+    Cost:
+        As `save_arrays`.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, tempfile, woodjax as wj

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import export
-from jaxtyping import PyTree
 
 from woodjax.deployment._host import named_leaves
+from woodjax.typing import PyTree
 
 
 def export_stablehlo(

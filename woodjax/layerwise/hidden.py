@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
-from jaxtyping import PyTree
 
 from woodjax.layerwise.layers import Hidden
 from woodjax.loss_rows import batch_size
 from woodjax.tree import path_name
-from woodjax.typing import Params
+from woodjax.typing import Params, PyTree
 
 
 class MicroBatches(NamedTuple):

@@ -5,10 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import PyTree, Shaped
 
 from woodjax.tree import check_like
-from woodjax.typing import Masks, Params
+from woodjax.typing import Masks, Params, PyTree
 
 Hidden = PyTree
 """What goes from layer to layer: an array, or a pytree of them, with sequences along the first axis of every leaf."""
@@ -40,6 +39,10 @@ class ResidentLayer(Protocol):
         """Take the pruned parameters and their masks, arrays of the device, out of the way.
 
         A run that can be resumed writes elsewhere than `load` reads.
+
+        Args:
+            params: A params-tree, pruned weights exactly zero.
+            masks: A params-tree of bool, True = survives.
         """
         ...
 
@@ -66,7 +69,7 @@ class HostLayer:
     def __init__(self, apply: LayerFn, params: Params) -> None:
         """Copy the parameters to the host."""
         self.apply = apply
-        self.params: PyTree[Shaped[np.ndarray, "..."]] = _to_host(params)
+        self.params: Params = _to_host(params)
         self.masks: Masks | None = None
 
     def load(self) -> Params:

@@ -31,6 +31,15 @@ def primal_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | f
 
     Cost:
         `2mb² + 2b³` flops; `2b²` workspace.
+
+    References:
+        Singh & Alistarh, WoodFisher, 2020 (arXiv 2004.14340), equation 5: the matrix that is inverted.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> gradients = jnp.diag(jnp.array([2.0, 0.0]))  # F = diag(2, 0)
+        >>> wj.primal_inverse(gradients, 2.0).inverse.round(3).tolist()
+        [[0.25, 0.0], [0.0, 0.5]]
     """
     return fisher_inverse(contract("mi,mj->ij", gradients, gradients) / gradients.shape[0], damping)
 
@@ -48,6 +57,14 @@ def fisher_inverse(fisher: Float[Array, "b b"], damping: Float[Array, ""] | floa
 
     Cost:
         `2b³` flops; `2b²` workspace.
+
+    References:
+        As `primal_inverse`.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> wj.fisher_inverse(jnp.diag(jnp.array([2.0, 0.0])), 2.0).inverse.round(3).tolist()
+        [[0.25, 0.0], [0.0, 0.5]]
     """
     root, used = inverse_cholesky(fisher, damping)
     return DampedInverse(contract("ki,kj->ij", root, root), used)
@@ -79,6 +96,12 @@ def joint_step_inverse(
 
     References:
         Hassibi & Stork 1992; Kurtić et al., oBERT, 2022 (arXiv 2203.07259), equation 5.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> inverse = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+        >>> wj.joint_step_inverse(inverse, jnp.ones(2), jnp.array([True, False])).round(3).tolist()
+        [-0.5, -1.0]
     """
     newton = jnp.zeros_like(weights) if gradient is None else contract("ij,j->i", inverse, gradient)
     pruned = ~kept

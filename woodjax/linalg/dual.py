@@ -36,6 +36,14 @@ def whiten(matrix: Float[Array, "m m"], damping: Float[Array, ""] | float) -> Wh
 
     Cost:
         `2m³/3` flops; `2m²` workspace.
+
+    References:
+        As `whiten_gram`.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> wj.whiten(jnp.array([[3.0]]), 1.0).root.round(3).tolist()  # 1 / √(1 + 3)
+        [[0.5]]
     """
     m = matrix.shape[0]
     root, used = inverse_cholesky(matrix, m * damping)
@@ -61,6 +69,11 @@ def whiten_gram(
 
     References:
         Frantar et al., M-FAC, 2021 (arXiv 2107.03356): the same products from stored gradients.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> wj.whiten_gram(jnp.ones((1, 3)), 1.0).root.round(3).tolist()  # 1 / √(1 + 3)
+        [[0.5]]
     """
     return whiten(gram(gradients, kept), damping)
 
@@ -78,6 +91,15 @@ def dual_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | flo
 
     Cost:
         About `3m²b + 2m³/3 + 2mb²` flops.
+
+    References:
+        The identity of Woodbury 1950; Frantar et al., M-FAC, 2021 (arXiv 2107.03356), from stored gradients.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> gradients = jnp.diag(jnp.array([2.0, 0.0]))  # F = diag(2, 0)
+        >>> jnp.diagonal(wj.dual_inverse(gradients, 2.0).inverse).round(3).tolist()
+        [0.25, 0.5]
     """
     root, used = whiten_gram(gradients, damping)
     z = contract("ij,jb->ib", root, gradients)
@@ -98,6 +120,15 @@ def dual_inverse_diagonal(gradients: Float[Array, "m b"], whitener: Whitener) ->
 
     Cost:
         About `1.25m²b` flops; workspace `2m · min(b, 4096)`: `Z [m, b]` is never held.
+
+    References:
+        The identity of Woodbury 1950; Frantar et al., M-FAC, 2021 (arXiv 2107.03356), from stored gradients.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> gradients = jnp.diag(jnp.array([2.0, 0.0]))  # F = diag(2, 0)
+        >>> wj.dual_inverse_diagonal(gradients, wj.whiten_gram(gradients, 2.0)).round(3).tolist()
+        [0.25, 0.5]
     """
     b = gradients.shape[1]
     width = min(b, COLUMN_WINDOW)
@@ -146,6 +177,15 @@ def dual_solve(
 
     Cost:
         `4mb + 4m²` flops.
+
+    References:
+        The identity of Woodbury 1950; Frantar et al., M-FAC, 2021 (arXiv 2107.03356), from stored gradients.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> gradients = jnp.diag(jnp.array([2.0, 0.0]))  # F = diag(2, 0)
+        >>> wj.dual_solve(gradients, wj.whiten_gram(gradients, 2.0), jnp.array([4.0, 4.0])).round(3).tolist()
+        [1.0, 2.0]
     """
     dual = solve_whitened(whitener, total_over(contract("mb,b->m", gradients, vector), axes))
     return (vector - contract("mb,m->b", gradients, dual)) / whitener.damping
@@ -201,6 +241,11 @@ def joint_step_gram(
 
     References:
         Hassibi & Stork 1992 (one weight); Benbaki et al., CHITA, 2023 (arXiv 2302.14623), section 3.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> wj.joint_step_gram(jnp.array([[1.0, 1.0]]), 1.0, jnp.ones(2), jnp.array([True, False])).round(3).tolist()
+        [0.5, -1.0]
     """
     return joint_steps_gram(gradients, jnp.asarray(damping)[None], weights, kept, gradient, axes=axes)[0]
 
@@ -230,6 +275,15 @@ def joint_steps_gram(
 
     Cost:
         About `m²b + k(2m³/3 + 4mb)` flops, one factor at a time.
+
+    References:
+        As `joint_step_gram`.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> gradients, dampings = jnp.array([[1.0, 1.0]]), jnp.array([1.0, 3.0])
+        >>> wj.joint_steps_gram(gradients, dampings, jnp.ones(2), jnp.array([True, False])).round(3).tolist()
+        [[0.5, -1.0], [0.25, -1.0]]
     """
     survivors_gram = gram(gradients, kept, axes=axes)
     removed = total_over(contract("mb,b->m", gradients, jnp.where(kept, 0, weights)), axes)

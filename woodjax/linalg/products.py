@@ -27,6 +27,12 @@ def contract(subscripts: str, *operands: Array) -> Array:
 
     Cost:
         That of the products named by `subscripts`.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> half = jnp.array([1.0, 2.0], jnp.bfloat16)
+        >>> wj.contract("i,i->", half, half)
+        Array(5., dtype=float32)
     """
     dtype = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
     return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
@@ -48,6 +54,9 @@ def gram(
 
     Cost:
         About `1.25m²b` flops, the panels of the lower triangle; workspace `m · min(b, 4096)` and `2m²`.
+
+    References:
+        Frantar et al., M-FAC, 2021 (arXiv 2107.03356): what the inverse needs of `G`.
 
     Example:
         >>> import jax.numpy as jnp, woodjax as wj

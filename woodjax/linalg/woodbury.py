@@ -70,6 +70,12 @@ def woodbury_scan_rank_k(
 
     References:
         Woodbury 1950; the recursion of WoodFisher (arXiv 2004.14340) in groups.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> gradients = jnp.diag(jnp.array([2.0, 0.0]))  # F = diag(2, 0)
+        >>> wj.woodbury_scan_rank_k(gradients, 2.0, rank=2).round(3).tolist()
+        [[0.25, 0.0], [0.0, 0.5]]
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}: pass at least 1.")

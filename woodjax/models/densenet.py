@@ -23,10 +23,10 @@ class DenseLayer(nnx.Module):
             growth: Channels that are added.
             rngs: Random numbers for the initial weights.
         """
-        self.bn1 = nnx.BatchNorm(inputs, rngs=rngs)
-        self.conv1 = conv1(inputs, BOTTLENECK * growth, 1, rngs)
-        self.bn2 = nnx.BatchNorm(BOTTLENECK * growth, rngs=rngs)
-        self.conv2 = conv3(BOTTLENECK * growth, growth, 1, rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
+        self.conv1: nnx.Conv = conv1(inputs, BOTTLENECK * growth, 1, rngs)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(BOTTLENECK * growth, rngs=rngs)
+        self.conv2: nnx.Conv = conv3(BOTTLENECK * growth, growth, 1, rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c2"]:
         """Apply the layer to a batch."""
@@ -44,8 +44,8 @@ class Transition(nnx.Module):
             inputs: Channels in.
             rngs: Random numbers for the initial weights.
         """
-        self.bn = nnx.BatchNorm(inputs, rngs=rngs)
-        self.conv = conv1(inputs, inputs // 2, 1, rngs)
+        self.bn: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
+        self.conv: nnx.Conv = conv1(inputs, inputs // 2, 1, rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """Apply the transition to a batch."""
@@ -65,7 +65,7 @@ class DenseNet(nnx.Module):
             rngs: Random numbers for the initial weights.
         """
         inputs = 2 * growth
-        self.conv1 = conv3(3, inputs, 1, rngs)
+        self.conv1: nnx.Conv = conv3(3, inputs, 1, rngs)
         names = []
         for block, layers in enumerate(layers_per_block, start=1):
             if block > 1:
@@ -76,9 +76,9 @@ class DenseNet(nnx.Module):
                 names.append(f"dense{block}_{i}")
                 setattr(self, names[-1], DenseLayer(inputs, growth, rngs=rngs))
                 inputs += growth
-        self.block_names = tuple(names)
-        self.bn = nnx.BatchNorm(inputs, rngs=rngs)
-        self.linear = nnx.Linear(inputs, classes, rngs=rngs)
+        self.block_names: tuple[str, ...] = tuple(names)
+        self.bn: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
         """Logits of a batch of NHWC images."""

@@ -1,5 +1,7 @@
 """A decoder with grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245), RMSNorm and SwiGLU."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -26,11 +28,13 @@ class GroupedQueryAttention(nnx.Module):
         """
         if heads % kv_heads:
             raise ValueError(f"heads={heads}, kv_heads={kv_heads}: the second must divide the first.")
-        self.scale = head_dim**-0.5  # of the network as it was made, also when heads become narrower
-        self.query = nnx.LinearGeneral(width, (heads, head_dim), use_bias=False, rngs=rngs)
-        self.key = nnx.LinearGeneral(width, (kv_heads, head_dim), use_bias=False, rngs=rngs)
-        self.value = nnx.LinearGeneral(width, (kv_heads, head_dim), use_bias=False, rngs=rngs)
-        self.out = nnx.LinearGeneral((heads, head_dim), width, axis=(-2, -1), use_bias=False, rngs=rngs)
+        self.scale: float = head_dim**-0.5  # of the network as it was made, also when heads become narrower
+        self.query: nnx.LinearGeneral = nnx.LinearGeneral(width, (heads, head_dim), use_bias=False, rngs=rngs)
+        self.key: nnx.LinearGeneral = nnx.LinearGeneral(width, (kv_heads, head_dim), use_bias=False, rngs=rngs)
+        self.value: nnx.LinearGeneral = nnx.LinearGeneral(width, (kv_heads, head_dim), use_bias=False, rngs=rngs)
+        self.out: nnx.LinearGeneral = nnx.LinearGeneral(
+            (heads, head_dim), width, axis=(-2, -1), use_bias=False, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "n tokens width"]) -> Float[Array, "n tokens width"]:
         """Apply the attention to a batch."""
@@ -51,9 +55,9 @@ class SwiGLU(nnx.Module):
             hidden: Of the gate.
             rngs: Random numbers for the initial weights.
         """
-        self.gate = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
+        self.gate: nnx.Linear = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.up: nnx.Linear = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.down: nnx.Linear = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n tokens width"]) -> Float[Array, "n tokens width"]:
         """Apply the layers to a batch."""
@@ -74,10 +78,10 @@ class DecoderBlock(nnx.Module):
             hidden: Of the SwiGLU.
             rngs: Random numbers for the initial weights.
         """
-        self.norm1 = nnx.RMSNorm(width, rngs=rngs)
-        self.attention = GroupedQueryAttention(width, heads, kv_heads, head_dim, rngs=rngs)
-        self.norm2 = nnx.RMSNorm(width, rngs=rngs)
-        self.mlp = SwiGLU(width, hidden, rngs=rngs)
+        self.norm1: nnx.RMSNorm = nnx.RMSNorm(width, rngs=rngs)
+        self.attention: GroupedQueryAttention = GroupedQueryAttention(width, heads, kv_heads, head_dim, rngs=rngs)
+        self.norm2: nnx.RMSNorm = nnx.RMSNorm(width, rngs=rngs)
+        self.mlp: SwiGLU = SwiGLU(width, hidden, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n tokens width"]) -> Float[Array, "n tokens width"]:
         """Apply the block to a batch."""
@@ -114,14 +118,15 @@ class Decoder(nnx.Module):
             hidden: Of the SwiGLU of a block.
             rngs: Random numbers for the initial weights.
         """
-        self.context, self.depth = context, depth
-        self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (context, width)))
+        self.context: int = context
+        self.depth: int = depth
+        self.embedding: nnx.Embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.positions: nnx.Param[Any] = nnx.Param(0.02 * jax.random.normal(rngs.params(), (context, width)))
         for i in range(depth):
             block = DecoderBlock(width, heads, kv_heads, head_dim, hidden, rngs=rngs)
             setattr(self, f"blocks_{i}", block)
-        self.norm = nnx.RMSNorm(width, rngs=rngs)
-        self.linear = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
+        self.norm: nnx.RMSNorm = nnx.RMSNorm(width, rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "n tokens"]) -> Float[Array, "n tokens vocabulary"]:
         """Logits of the token after each token of a batch of rows."""

@@ -18,7 +18,7 @@ class MLP(nnx.Module):
             use_bias: Give every layer a bias.
             rngs: Random numbers for the initial weights.
         """
-        self.depth = len(features) - 1
+        self.depth: int = len(features) - 1
         for i in range(self.depth):
             layer = nnx.Linear(features[i], features[i + 1], use_bias=use_bias, rngs=rngs)
             setattr(self, f"fc{i + 1}", layer)

@@ -21,10 +21,10 @@ class SeparableBlock(nnx.Module):
             stride: Stride of the 3×3 convolution.
             rngs: Random numbers for the initial weights.
         """
-        self.conv1 = conv3(inputs, inputs, stride, rngs, groups=inputs)
-        self.bn1 = nnx.BatchNorm(inputs, rngs=rngs)
-        self.conv2 = conv1(inputs, outputs, 1, rngs)
-        self.bn2 = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv1: nnx.Conv = conv3(inputs, inputs, stride, rngs, groups=inputs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
+        self.conv2: nnx.Conv = conv1(inputs, outputs, 1, rngs)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """Apply the block to a batch."""
@@ -47,13 +47,13 @@ class MobileNet(nnx.Module):
             ValueError: Unknown stem.
         """
         check_stem(stem)
-        self.conv1 = conv3(3, 32, 1 if stem == "cifar" else 2, rngs)
-        self.bn1 = nnx.BatchNorm(32, rngs=rngs)
+        self.conv1: nnx.Conv = conv3(3, 32, 1 if stem == "cifar" else 2, rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(32, rngs=rngs)
         inputs = 32
         for i, (outputs, stride) in enumerate(BLOCKS):
             setattr(self, f"layers_{i}", SeparableBlock(inputs, outputs, stride, rngs=rngs))
             inputs = outputs
-        self.linear = nnx.Linear(inputs, classes, rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
         """Logits of a batch of NHWC images."""

@@ -34,15 +34,15 @@ class InvertedResidual(nnx.Module):
         """
         inner = expansion * inputs
         if expansion != 1 or stem == "cifar":
-            self.conv1 = conv1(inputs, inner, 1, rngs)
-            self.bn1 = nnx.BatchNorm(inner, rngs=rngs)
-        self.conv2 = conv3(inner, inner, stride, rngs, groups=inner)
-        self.bn2 = nnx.BatchNorm(inner, rngs=rngs)
-        self.conv3 = conv1(inner, outputs, 1, rngs)
-        self.bn3 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.residual = stride == 1 and (inputs == outputs or stem == "cifar")
+            self.conv1: nnx.Conv = conv1(inputs, inner, 1, rngs)
+            self.bn1: nnx.BatchNorm = nnx.BatchNorm(inner, rngs=rngs)
+        self.conv2: nnx.Conv = conv3(inner, inner, stride, rngs, groups=inner)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(inner, rngs=rngs)
+        self.conv3: nnx.Conv = conv1(inner, outputs, 1, rngs)
+        self.bn3: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
+        self.residual: bool = stride == 1 and (inputs == outputs or stem == "cifar")
         if self.residual and inputs != outputs:
-            self.shortcut = ProjectionShortcut(inputs, outputs, stride, rngs=rngs)
+            self.shortcut: ProjectionShortcut = ProjectionShortcut(inputs, outputs, stride, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """Apply the block to a batch."""
@@ -82,8 +82,8 @@ class MobileNetV2(nnx.Module):
             ValueError: Unknown stem.
         """
         check_stem(stem)
-        self.conv1 = conv3(3, first, 1 if stem == "cifar" else 2, rngs)
-        self.bn1 = nnx.BatchNorm(first, rngs=rngs)
+        self.conv1: nnx.Conv = conv3(3, first, 1 if stem == "cifar" else 2, rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(first, rngs=rngs)
         inputs, names = first, []
         for stage, (expansion, outputs, blocks, stride) in enumerate(stages):
             for i in range(blocks):
@@ -91,10 +91,10 @@ class MobileNetV2(nnx.Module):
                 names.append(f"layers_{len(names)}")
                 setattr(self, names[-1], InvertedResidual(inputs, outputs, step, expansion, stem, rngs=rngs))
                 inputs = outputs
-        self.block_names = tuple(names)
-        self.conv2 = conv1(inputs, last, 1, rngs)
-        self.bn2 = nnx.BatchNorm(last, rngs=rngs)
-        self.linear = nnx.Linear(last, classes, rngs=rngs)
+        self.block_names: tuple[str, ...] = tuple(names)
+        self.conv2: nnx.Conv = conv1(inputs, last, 1, rngs)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(last, rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(last, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
         """Logits of a batch of NHWC images."""

@@ -21,14 +21,14 @@ class PreActivationBottleneck(nnx.Module):
             stride: Stride of the 3×3 convolution.
             rngs: Random numbers for the initial weights.
         """
-        self.bn1 = nnx.BatchNorm(inputs, rngs=rngs)
-        self.conv1 = conv1(inputs, outputs, 1, rngs)
-        self.bn2 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.conv2 = conv3(outputs, outputs, stride, rngs)
-        self.bn3 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.conv3 = conv1(outputs, outputs, 1, rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
+        self.conv1: nnx.Conv = conv1(inputs, outputs, 1, rngs)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv2: nnx.Conv = conv3(outputs, outputs, stride, rngs)
+        self.bn3: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv3: nnx.Conv = conv1(outputs, outputs, 1, rngs)
         if stride != 1 or inputs != outputs:
-            self.shortcut = conv1(inputs, outputs, stride, rngs)
+            self.shortcut: nnx.Conv = conv1(inputs, outputs, stride, rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """Apply the block to a batch."""
@@ -61,7 +61,7 @@ class PreResNet(nnx.Module):
             rngs: Random numbers for the initial weights.
         """
         inputs = widths[0]
-        self.conv1 = conv3(3, inputs, 1, rngs)
+        self.conv1: nnx.Conv = conv3(3, inputs, 1, rngs)
         names = []
         for stage, width in enumerate(widths, start=1):
             for i in range(blocks_per_stage):
@@ -69,9 +69,9 @@ class PreResNet(nnx.Module):
                 names.append(f"layer{stage}_{i}")
                 setattr(self, names[-1], PreActivationBottleneck(inputs, width, stride, rngs=rngs))
                 inputs = width
-        self.block_names = tuple(names)
-        self.bn = nnx.BatchNorm(inputs, rngs=rngs)
-        self.linear = nnx.Linear(inputs, classes, rngs=rngs)
+        self.block_names: tuple[str, ...] = tuple(names)
+        self.bn: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
         """Logits of a batch of NHWC images."""

@@ -26,8 +26,8 @@ class ProjectionShortcut(nnx.Module):
             stride: Stride of the convolution.
             rngs: Random numbers for the initial weights.
         """
-        self.conv = conv1(inputs, outputs, stride, rngs)
-        self.bn = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv: nnx.Conv = conv1(inputs, outputs, stride, rngs)
+        self.bn: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """Project a batch."""
@@ -48,13 +48,14 @@ class BasicBlock(nnx.Module):
                 convolution), where the shape changes.
             rngs: Random numbers for the initial weights.
         """
-        self.conv1 = conv3(inputs, outputs, stride, rngs)
-        self.bn1 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.conv2 = conv3(outputs, outputs, 1, rngs)
-        self.bn2 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.stride, self.missing = stride, outputs - inputs
+        self.conv1: nnx.Conv = conv3(inputs, outputs, stride, rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv2: nnx.Conv = conv3(outputs, outputs, 1, rngs)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
+        self.stride: int = stride
+        self.missing: int = outputs - inputs
         if shortcut == "B" and (stride != 1 or self.missing):
-            self.shortcut = ProjectionShortcut(inputs, outputs, stride, rngs=rngs)
+            self.shortcut: ProjectionShortcut = ProjectionShortcut(inputs, outputs, stride, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """Apply the block to a batch."""
@@ -83,14 +84,14 @@ class Bottleneck(nnx.Module):
             rngs: Random numbers for the initial weights.
         """
         inner = outputs // EXPANSION
-        self.conv1 = conv1(inputs, inner, 1, rngs)
-        self.bn1 = nnx.BatchNorm(inner, rngs=rngs)
-        self.conv2 = conv3(inner, inner, stride, rngs)
-        self.bn2 = nnx.BatchNorm(inner, rngs=rngs)
-        self.conv3 = conv1(inner, outputs, 1, rngs)
-        self.bn3 = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv1: nnx.Conv = conv1(inputs, inner, 1, rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(inner, rngs=rngs)
+        self.conv2: nnx.Conv = conv3(inner, inner, stride, rngs)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(inner, rngs=rngs)
+        self.conv3: nnx.Conv = conv1(inner, outputs, 1, rngs)
+        self.bn3: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
         if stride != 1 or inputs != outputs:
-            self.shortcut = ProjectionShortcut(inputs, outputs, stride, rngs=rngs)
+            self.shortcut: ProjectionShortcut = ProjectionShortcut(inputs, outputs, stride, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """Apply the block to a batch."""
@@ -135,10 +136,10 @@ class ResNet(nnx.Module):
         inputs = widths[0]
         self.stem = stem
         if stem == "cifar":
-            self.conv1 = conv3(3, inputs, 1, rngs)
+            self.conv1: nnx.Conv = conv3(3, inputs, 1, rngs)
         else:
             self.conv1 = nnx.Conv(3, inputs, (7, 7), strides=2, padding=((3, 3), (3, 3)), use_bias=False, rngs=rngs)
-        self.bn1 = nnx.BatchNorm(inputs, rngs=rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
         names = []
         for stage, (width, count) in enumerate(zip(widths, counts, strict=True), start=1):
             outputs = EXPANSION * width if bottleneck else width
@@ -152,8 +153,8 @@ class ResNet(nnx.Module):
                 )
                 setattr(self, names[-1], block)
                 inputs = outputs
-        self.block_names = tuple(names)
-        self.linear = nnx.Linear(inputs, classes, rngs=rngs)
+        self.block_names: tuple[str, ...] = tuple(names)
+        self.linear: nnx.Linear = nnx.Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
         """Logits of a batch of NHWC images."""

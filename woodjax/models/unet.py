@@ -21,10 +21,10 @@ class DoubleConvolution(nnx.Module):
             outputs: Channels out.
             rngs: Random numbers for the initial weights.
         """
-        self.conv1 = conv3(inputs, outputs, 1, rngs)
-        self.bn1 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.conv2 = conv3(outputs, outputs, 1, rngs)
-        self.bn2 = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv1: nnx.Conv = conv3(inputs, outputs, 1, rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv2: nnx.Conv = conv3(outputs, outputs, 1, rngs)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c2"]:
         """Apply the layers to a batch."""
@@ -43,8 +43,10 @@ class Up(nnx.Module):
             outputs: Channels of the skip, and out.
             rngs: Random numbers for the initial weights.
         """
-        self.up = nnx.ConvTranspose(inputs, outputs, (2, 2), strides=(2, 2), padding="VALID", rngs=rngs)
-        self.convolutions = DoubleConvolution(2 * outputs, outputs, rngs=rngs)
+        self.up: nnx.ConvTranspose = nnx.ConvTranspose(
+            inputs, outputs, (2, 2), strides=(2, 2), padding="VALID", rngs=rngs
+        )
+        self.convolutions: DoubleConvolution = DoubleConvolution(2 * outputs, outputs, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w c"], skip: Float[Array, "n h2 w2 c2"]) -> Float[Array, "n h2 w2 c2"]:
         """Apply the layers to a batch."""
@@ -62,14 +64,14 @@ class UNet(nnx.Module):
             classes: Number of logits of a pixel.
             rngs: Random numbers for the initial weights.
         """
-        self.levels = len(widths) - 1
+        self.levels: int = len(widths) - 1
         inputs = 3
         for i, width in enumerate(widths):
             setattr(self, f"down{i}", DoubleConvolution(inputs, width, rngs=rngs))
             inputs = width
         for i in reversed(range(self.levels)):
             setattr(self, f"up{i}", Up(widths[i + 1], widths[i], rngs=rngs))
-        self.head = nnx.Conv(widths[0], classes, (1, 1), rngs=rngs)
+        self.head: nnx.Conv = nnx.Conv(widths[0], classes, (1, 1), rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n h w classes"]:
         """Logits of every pixel of a batch of NHWC images, whose height and width the max-pools must divide."""

@@ -25,7 +25,7 @@ class VGG(nnx.Module):
             classes: Number of logits.
             rngs: Random numbers for the initial weights.
         """
-        self.plan = tuple(plan)
+        self.plan: tuple[int | str, ...] = tuple(plan)
         inputs = 3
         widths = [width for width in self.plan if isinstance(width, int)]
         for i, outputs in enumerate(widths, start=1):
@@ -33,7 +33,7 @@ class VGG(nnx.Module):
             setattr(self, f"conv{i}", nnx.Conv(inputs, outputs, (3, 3), padding=PADDING, rngs=rngs))
             setattr(self, f"bn{i}", nnx.BatchNorm(outputs, rngs=rngs))
             inputs = outputs
-        self.linear = nnx.Linear(inputs, classes, rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
         """Logits of a batch of NHWC images, whose height and width the max-pools must divide."""

@@ -1,5 +1,7 @@
 """Vision transformers (Dosovitskiy et al. 2020, arXiv 2010.11929)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,12 +24,12 @@ class EncoderBlock(nnx.Module):
             rngs: Random numbers for the initial weights.
         """
         self.heads = heads
-        self.norm1 = nnx.LayerNorm(width, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
-        self.projection = nnx.Linear(width, width, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, rngs=rngs)
-        self.fc1 = nnx.Linear(width, MLP_RATIO * width, rngs=rngs)
-        self.fc2 = nnx.Linear(MLP_RATIO * width, width, rngs=rngs)
+        self.norm1: nnx.LayerNorm = nnx.LayerNorm(width, rngs=rngs)
+        self.qkv: nnx.Linear = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.projection: nnx.Linear = nnx.Linear(width, width, rngs=rngs)
+        self.norm2: nnx.LayerNorm = nnx.LayerNorm(width, rngs=rngs)
+        self.fc1: nnx.Linear = nnx.Linear(width, MLP_RATIO * width, rngs=rngs)
+        self.fc2: nnx.Linear = nnx.Linear(MLP_RATIO * width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n tokens width"]) -> Float[Array, "n tokens width"]:
         """Apply the block to a batch."""
@@ -62,15 +64,16 @@ class ViT(nnx.Module):
                 f"image_size={image_size}, patch={patch}, width={width}, heads={heads}: patches must divide the image, "
                 "and heads the width."
             )
-        self.image_size, self.depth = image_size, depth
-        self.patches = nnx.Conv(3, width, (patch, patch), strides=patch, padding="VALID", rngs=rngs)
-        self.token = nnx.Param(jnp.zeros((1, 1, width)))
+        self.image_size: int = image_size
+        self.depth: int = depth
+        self.patches: nnx.Conv = nnx.Conv(3, width, (patch, patch), strides=patch, padding="VALID", rngs=rngs)
+        self.token: nnx.Param[Any] = nnx.Param(jnp.zeros((1, 1, width)))
         tokens = (image_size // patch) ** 2 + 1
-        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, width)))
+        self.positions: nnx.Param[Any] = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, width)))
         for i in range(depth):
             setattr(self, f"blocks_{i}", EncoderBlock(width, heads, rngs=rngs))
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.linear = nnx.Linear(width, classes, rngs=rngs)
+        self.norm: nnx.LayerNorm = nnx.LayerNorm(width, rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
         """Logits of a batch of NHWC images of the size that the network was made for."""

@@ -19,12 +19,12 @@ class PreActivationBlock(nnx.Module):
             stride: Stride of the first convolution.
             rngs: Random numbers for the initial weights.
         """
-        self.bn1 = nnx.BatchNorm(inputs, rngs=rngs)
-        self.conv1 = conv3(inputs, outputs, stride, rngs)
-        self.bn2 = nnx.BatchNorm(outputs, rngs=rngs)
-        self.conv2 = conv3(outputs, outputs, 1, rngs)
+        self.bn1: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
+        self.conv1: nnx.Conv = conv3(inputs, outputs, stride, rngs)
+        self.bn2: nnx.BatchNorm = nnx.BatchNorm(outputs, rngs=rngs)
+        self.conv2: nnx.Conv = conv3(outputs, outputs, 1, rngs)
         if stride != 1 or inputs != outputs:
-            self.shortcut = conv1(inputs, outputs, stride, rngs)
+            self.shortcut: nnx.Conv = conv1(inputs, outputs, stride, rngs)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """Apply the block to a batch."""
@@ -51,7 +51,7 @@ class WideResNet(nnx.Module):
         """
         if depth < 10 or depth % 6 != 4:
             raise ValueError(f"depth is {depth}: pass 10, 16, 22, 28, 34, 40, …")
-        self.conv1 = conv3(3, 16, 1, rngs)
+        self.conv1: nnx.Conv = conv3(3, 16, 1, rngs)
         inputs = 16
         names = []
         for stage, width in enumerate((16, 32, 64), start=1):
@@ -60,9 +60,9 @@ class WideResNet(nnx.Module):
                 names.append(f"layer{stage}_{i}")
                 setattr(self, names[-1], PreActivationBlock(inputs, widening * width, stride, rngs=rngs))
                 inputs = widening * width
-        self.block_names = tuple(names)
-        self.bn = nnx.BatchNorm(inputs, rngs=rngs)
-        self.linear = nnx.Linear(inputs, classes, rngs=rngs)
+        self.block_names: tuple[str, ...] = tuple(names)
+        self.bn: nnx.BatchNorm = nnx.BatchNorm(inputs, rngs=rngs)
+        self.linear: nnx.Linear = nnx.Linear(inputs, classes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "n h w 3"]) -> Float[Array, "n classes"]:
         """Logits of a batch of NHWC images."""

@@ -7,7 +7,8 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
-from jaxtyping import PyTree
+
+from woodjax.typing import PyTree
 
 F = TypeVar("F", bound=Callable[..., Any])
 

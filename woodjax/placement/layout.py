@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from woodjax.placement.mesh import Axes, Placement
 from woodjax.tree import Layout, LeafSpec
+from woodjax.typing import PyTree
 
 
 class Share(NamedTuple):

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
 from woodjax.placement.explicit import automatic_mesh
 from woodjax.tree import path_name
+from woodjax.typing import PyTree
 
 Axes = tuple[str, ...]
 

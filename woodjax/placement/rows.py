@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from woodjax.placement.mesh import Placement, batch_sharding
+from woodjax.typing import PyTree
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from woodjax.records import Result, Run
 
+__all__ = ["draw_accuracy", "draw_leaf_density", "summary_figure"]
+
 COLORS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#0072b2")  # Okabe & Ito
 STYLE = {"mask": ":", "update": "--", "staged": "-", "first_order": "-."}
 

@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from woodjax.structured.matching import matched
+from woodjax.typing import PyTree
 
 Role: TypeAlias = Literal["out", "in", "each"]
 """What a leaf does with the channels of an axis: a kernel writes them, reads them, or all else."""

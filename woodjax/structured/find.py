@@ -7,14 +7,13 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import PyTree
 
 from woodjax.structured.axes import KEPT, ZERO, Axis, Place, Value
 from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, ConvKernel, LeafChannels, Product, Role
 from woodjax.structured.reading import Reading, Traced, read_program
 from woodjax.structured.rules import parts_of
 from woodjax.structured.walk import Walk
-from woodjax.typing import ApplyFn, Batch
+from woodjax.typing import ApplyFn, Batch, PyTree
 
 Streams: TypeAlias = Literal["joint", "union"]
 Unknown: TypeAlias = Literal["error", "barrier"]

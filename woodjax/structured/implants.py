@@ -59,7 +59,14 @@ class ImplantedKernel:
         return np.argsort(np.argsort(implants, kind="stable"), kind="stable")
 
     def fits(self, equation: Any) -> bool:
-        """Does a convolution use the axes of the kernel as the one does that it was made for?"""
+        """Does a convolution use the axes of the kernel as the one does that it was made for?
+
+        Args:
+            equation: Of a program, a `conv_general_dilated`.
+
+        Returns:
+            Whether it does.
+        """
         outputs, _, *places = equation.params["dimension_numbers"].rhs_spec
         return (outputs, tuple(places)) == (self.outputs, self.places)
 

@@ -7,10 +7,10 @@ from typing import Any, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from woodjax.structured.implants import is_implanted
 from woodjax.tree import path_name
+from woodjax.typing import PyTree
 
 
 class Described(Protocol):

@@ -9,13 +9,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import Bool
 
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, Kept, stay_along, stays
 from woodjax.structured.find import Streams, Unknown, check_options
 from woodjax.structured.implants import is_implanted
 from woodjax.structured.matching import match_some
 from woodjax.structured.staying import AxisPlan, GroupPlan, ImplantPlan, LeafPlan, check_plans
+from woodjax.typing import PyTree
 
 VERSION = 1
 Plans: TypeAlias = tuple[LeafPlan | None, ...]  # of each leaf of a tree

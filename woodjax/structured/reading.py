@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import Bool
 
 from woodjax.structured.axes import Axis, Place, Value, kept_axes
 from woodjax.structured.solver import Solver
 from woodjax.structured.walk import Item, Walk
 from woodjax.tree import path_name
-from woodjax.typing import Batch
+from woodjax.typing import Batch, PyTree
 
 
 class Traced(NamedTuple):

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from woodjax.structured.shrunk import ShrunkNetwork
-from woodjax.typing import Batch
+from woodjax.typing import Batch, PyTree
 
 
 def check_rebuilt(

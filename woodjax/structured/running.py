@@ -31,7 +31,9 @@ class Running:
 
     def __init__(self, solver: Solver, stays: Bool[np.ndarray, " units"], watch: Watch | None = None) -> None:
         """Hold what stays; see the attributes."""
-        self.solver, self.stays, self.watch = solver, stays, watch
+        self.solver: Solver = solver
+        self.stays: Bool[np.ndarray, " units"] = stays
+        self.watch: Watch | None = watch
 
     def mask(self, axis: Axis) -> Bool[np.ndarray, " size"]:
         """Which indices of an axis are stored.

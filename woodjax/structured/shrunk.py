@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from woodjax.structured.axes import KEPT, Place, Value, kept_axes
 from woodjax.structured.implants import is_implanted
@@ -17,7 +16,7 @@ from woodjax.structured.reading import Reading, Traced, read_program, staying
 from woodjax.structured.running import Running
 from woodjax.structured.staying import LeafPlan
 from woodjax.structured.walk import Walk
-from woodjax.typing import Batch
+from woodjax.typing import Batch, PyTree
 
 
 @dataclass(frozen=True)

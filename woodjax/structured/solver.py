@@ -36,11 +36,12 @@ class Solver:
             cuts: Known so far.
             union: As the attribute.
         """
-        self.union, self.cuts = union, cuts
+        self.union: bool = union
+        self.cuts: dict[Place, frozenset[int]] = cuts
         self.asked: dict[Place, set[int]] = defaultdict(set)
         self._parents = np.zeros(1, np.int64)
         self._used = 1
-        self.ties = 0  # made so far
+        self.ties: int = 0  # made so far
         self._origins: dict[int, list[tuple[Place, int, int]]] = {}  # of a root: where it stands, size behind, index
         self._sizes: dict[tuple[Place, int], int] = {}
         self._pairs: dict[tuple[int, int], int] = {}

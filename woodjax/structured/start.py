@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from woodjax.linalg import contract
 from woodjax.structured.axes import Value
@@ -22,7 +22,7 @@ from woodjax.structured.running import Running
 from woodjax.structured.staying import LeafPlan
 from woodjax.structured.walk import Walk
 from woodjax.tree import path_name
-from woodjax.typing import ApplyFn, Batch
+from woodjax.typing import ApplyFn, Batch, PyTree
 
 Start: TypeAlias = Literal["least-squares", "centre", "zero"]
 

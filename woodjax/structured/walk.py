@@ -46,7 +46,9 @@ class Walk:
         on_product: Callable[[Any, Sequence[Value], int], None] | None = None,
     ) -> None:
         """Prepare a walk; see the attributes."""
-        self.solver, self.barriers, self.running = solver, barriers, running
+        self.solver: Solver = solver
+        self.barriers: bool = barriers
+        self.running: Running | None = running
         self._on_product, self._times = on_product, 1
         self._within: list[Any] = []  # equations, each in the program of the one before
 

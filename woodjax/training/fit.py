@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import PyTree
 
 from woodjax.adapters.nnx import functional_train
 from woodjax.datasets import TrainingData
 from woodjax.training.loop import Augment, EpochInfo, fit_network
-from woodjax.typing import Masks, Params
+from woodjax.typing import Masks, Params, PyTree
 
 
 def fit(

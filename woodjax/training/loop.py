@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from woodjax.adapters.nnx import TrainFn
 from woodjax.checkpoints import Checkpoints
 from woodjax.datasets import Dataset, Normalise, TrainingData
 from woodjax.transform import find_state, prune_transform, set_masks
 from woodjax.tree import apply_masks
-from woodjax.typing import Masks, Params
+from woodjax.typing import Masks, Params, PyTree
 
 Augment = Callable[[Key[Array, ""], Any], Any]
 

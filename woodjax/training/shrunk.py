@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from woodjax.adapters.nnx import TrainFn, functional_train
 from woodjax.batch_stats import reestimate_batch_stats
 from woodjax.datasets import TrainingData
 from woodjax.structured import PrunePlan, shrunk_network
 from woodjax.training.loop import EpochInfo, fit_network
-from woodjax.typing import Batch
+from woodjax.typing import Batch, PyTree
 
 
 def fit_shrunk(

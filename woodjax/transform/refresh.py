@@ -177,6 +177,13 @@ def refresh_masks(
 
     Cost:
         As `refresh`.
+
+    Example:
+        >>> import jax.numpy as jnp, woodjax as wj
+        >>> params, masks = {"w": jnp.array([[1.0, 3.0]])}, {"w": jnp.array([[True, True]])}
+        >>> params, masks, info = wj.refresh_masks(params, masks, 0.5, curvature=None)  # by magnitude
+        >>> params["w"].tolist(), masks["w"].tolist(), float(info.sparsity)
+        ([[0.0, 3.0]], [[False, True]], 0.5)
     """
     check_like(masks, params, "masks")
     if options.get("curvature", low_rank_fisher) is None and batch is None:

@@ -118,6 +118,12 @@ def get_info(opt_state: Any) -> RefreshInfo:
 
     Cost:
         None.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, woodjax as wj
+        >>> state = wj.prune_transform(optax.adam(1e-3)).init({"w": jnp.ones(2)})
+        >>> int(wj.get_info(state).step)
+        -1
     """
     return jax.tree.map(jnp.copy, find_state(opt_state).info)
 
@@ -201,6 +207,12 @@ def find_state(opt_state: Any) -> PruneState:
 
     Raises:
         ValueError: None, or several.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, woodjax as wj
+        >>> state = wj.prune_transform(optax.adam(1e-3)).init({"w": jnp.ones(2)})
+        >>> wj.find_state(state).masks["w"].tolist()
+        [True, True]
     """
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=_is_state) if _is_state(node)]
     if len(found) != 1:

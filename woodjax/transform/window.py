@@ -20,18 +20,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
 from woodjax.curvature import low_rank_fisher
 from woodjax.stages import CurvatureFn
 from woodjax.tree import is_kernel, path_name
-from woodjax.typing import Gradients, Params, Select
+from woodjax.typing import Gradients, Params, PyTree, Select
 
 
 class WindowState(NamedTuple):
     """Rows of the gradients seen, arrays only."""
 
-    rows: PyTree[Float[Array, "k ..."]]  # a params-tree; leaves that are not kept are [k]
+    rows: PyTree  # a params-tree of `[k, *leaf.shape]`; leaves that are not kept are [k]
     filled: Int[Array, " k"]  # gradients summed in each row
     seen: Int[Array, ""]  # gradients written so far
 
@@ -48,14 +48,31 @@ class GradientWindow:
     examples_per_gradient: int
 
     def kept(self, tree: PyTree) -> tuple[bool, ...]:
-        """For each leaf of a params-tree, is its gradient kept?"""
+        """For each leaf of a params-tree, is its gradient kept?
+
+        Args:
+            tree: Arrays or shapes.
+
+        Returns:
+            One answer for each leaf.
+        """
         return tuple(
             bool(self.select(path_name(path), jax.ShapeDtypeStruct(x.shape, x.dtype))) and x.size > 0
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
         )
 
     def init(self, params: Params) -> WindowState:
-        """The window before any gradient; survives an empty tree."""
+        """The window before any gradient; survives an empty tree.
+
+        Args:
+            params: A params-tree; only shapes and types are read.
+
+        Returns:
+            The state without gradients.
+
+        Raises:
+            ValueError: One row takes more than the memory budget.
+        """
         leaves, treedef = jax.tree.flatten(params)
         kept, k = self.kept(params), self.size
         dtypes = [jnp.dtype(self.dtype or jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
@@ -77,7 +94,15 @@ class GradientWindow:
         return WindowState(jax.tree.unflatten(treedef, rows), jnp.zeros(k, jnp.int32), jnp.zeros((), jnp.int32))
 
     def add(self, state: WindowState, gradient: Params) -> WindowState:
-        """The window with one more gradient, in the place of the oldest."""
+        """The window with one more gradient, in the place of the oldest.
+
+        Args:
+            state: The window.
+            gradient: A params-tree.
+
+        Returns:
+            The new state.
+        """
         k = state.filled.shape[0]
         in_a_row = math.ceil(self.size / k)
         row, turn = state.seen // in_a_row % k, state.seen % in_a_row

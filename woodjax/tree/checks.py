@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
 
 from woodjax.tree.names import path_name
+from woodjax.typing import Masks, PyTree
 
 
 def wide_dtype(tree: PyTree) -> jnp.dtype:
@@ -75,7 +75,7 @@ def check_bool(masks: PyTree, name: str) -> None:
             )
 
 
-def apply_masks(tree: PyTree[Float[Array, "..."]], masks: PyTree[Bool[Array, "..."]]) -> PyTree:
+def apply_masks(tree: PyTree, masks: Masks) -> PyTree:
     """Set pruned coordinates to zero: `where(mask, x, 0)`, also where `x` is not finite.
 
     Args:
@@ -88,6 +88,9 @@ def apply_masks(tree: PyTree[Float[Array, "..."]], masks: PyTree[Bool[Array, "..
     Raises:
         ValueError: The two trees differ in structure, a mask is not bool, or its shape is not that of the last
             axes of its leaf.
+
+    Cost:
+        One pass over the tree.
 
     Example:
         >>> import jax.numpy as jnp, woodjax as wj

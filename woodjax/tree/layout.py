@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from woodjax.tree.checks import check_floating
 from woodjax.tree.names import is_kernel, path_name
-from woodjax.typing import Select
+from woodjax.typing import PyTree, Select
 
 
 class LeafSpec(NamedTuple):
@@ -85,17 +85,42 @@ class Layout:
         return ()
 
     def spread(self, axis: int) -> PartitionSpec:
-        """Spec of an array that is split over all devices along one axis: not split."""
+        """Spec of an array that is split over all devices along one axis: not split.
+
+        Args:
+            axis: The axis.
+
+        Returns:
+            The spec.
+        """
         del axis
         return PartitionSpec()
 
     def run(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-        """`function` on every device, of what it holds of the arguments: as it is."""
+        """`function` on every device, of what it holds of the arguments: as it is.
+
+        Args:
+            function: Of arrays or trees of them.
+            in_specs: Where its arguments lie, as for `jax.shard_map`.
+            out_specs: Where its results lie.
+
+        Returns:
+            The function of whole arrays.
+        """
         del in_specs, out_specs
         return function
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axis: int) -> Shaped[Array, "..."]:
-        """Zeros that are split over all devices along one axis: not split."""
+        """Zeros that are split over all devices along one axis: not split.
+
+        Args:
+            shape: Of the array.
+            dtype: Of its numbers.
+            axis: The axis.
+
+        Returns:
+            The array.
+        """
         del axis
         return jnp.zeros(shape, dtype)
 
@@ -130,7 +155,15 @@ class Layout:
         return jnp.concatenate(blocks, axis=-2)
 
     def placed(self, shapes: PyTree, specs: PyTree) -> PyTree:
-        """Shapes of arrays with what is known of where they lie: nothing."""
+        """Shapes of arrays with what is known of where they lie: nothing.
+
+        Args:
+            shapes: A tree of `ShapeDtypeStruct`.
+            specs: A tree like it, of specs.
+
+        Returns:
+            The tree of shapes.
+        """
         del specs
         return shapes
 
