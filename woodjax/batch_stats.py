@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from woodjax.door import checked
 from woodjax.typing import Batch, Params
 
 StatsFn = Callable[[Params, PyTree, Batch], PyTree]
@@ -14,6 +15,8 @@ StatsFn = Callable[[Params, PyTree, Batch], PyTree]
 PROBE = 1e6  # large beside statistics: the momentum is read off to float error
 
 
+@checked
+@checked
 def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTree, batches: Iterable[Batch]) -> PyTree:
     """Running statistics as the plain average over batches, whatever momentum the layers have.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from woodjax.door import checked
 from woodjax.masks import protect_highest
 from woodjax.placement import on_any_axes
 from woodjax.ranking import LARGEST_COST, Cost, fewest_that_cost, ranked_leaves
@@ -17,6 +18,7 @@ from woodjax.typing import Masks, Scores
 FLOAT_ROUNDING = Fraction(1, 2**52)  # of a budget that was written in decimals: 0.85 of 40 is 34
 
 
+@checked
 @on_any_axes
 def budget_masks(
     scores: Scores,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from woodjax.curvature import Curvature
+from woodjax.door import checked
 from woodjax.placement import on_any_axes
 from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Params, Updates
@@ -19,6 +20,7 @@ from woodjax.typing import Masks, Params, Updates
 Method = Literal["joint", "sum"]
 
 
+@checked
 @on_any_axes
 def compensate(
     params: Params,

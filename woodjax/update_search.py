@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from woodjax.compensation import Method, compensate
 from woodjax.curvature import Curvature, LowRankFisher, StreamedFisher
+from woodjax.door import checked
 from woodjax.typing import Masks, Params, Updates
 
 SMALL, LARGE = 0.005, 0.05  # falls of the loss by less are not worth following, by more need no further proof
@@ -64,6 +65,7 @@ class UpdateChoice(NamedTuple):
     step_losses: Float[Array, " steps"]  # of the best of them at each step length
 
 
+@checked
 def choose_update(
     params: Params,
     masks: Masks,

@@ -22,6 +22,7 @@ from woodjax.curvature.low_rank_fisher import low_rank_fisher
 from woodjax.curvature.protocol import Curvature
 from woodjax.curvature.streamed_fisher import streamed_fisher
 from woodjax.curvature.sums import add_microbatch, layout_of
+from woodjax.door import checked
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel
@@ -41,6 +42,7 @@ class Estimate(NamedTuple):
     window_size: int = 0  # columns held at once where gradients are streamed, else 0
 
 
+@checked
 @on_any_axes
 def estimate(
     gradients: Gradients | GradientStream,
@@ -96,6 +98,7 @@ def estimate(
     )
 
 
+@checked
 @on_any_axes
 def empirical_fisher(
     gradients: Gradients | GradientStream,

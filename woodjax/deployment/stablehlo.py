@@ -10,8 +10,10 @@ from jax import export
 from jaxtyping import PyTree
 
 from woodjax.deployment._host import named_leaves
+from woodjax.door import checked
 
 
+@checked
 def export_stablehlo(
     apply_fn: Callable[[PyTree, PyTree], PyTree],
     variables: PyTree,
@@ -88,6 +90,7 @@ def export_stablehlo(
     return bytes(exported.serialize(vjp_order=0))
 
 
+@checked
 def load_stablehlo(program: bytes) -> Callable[[PyTree, PyTree], PyTree]:
     """Read a program that `export_stablehlo` wrote.
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree, Shaped
 
+from woodjax.door import checked
 from woodjax.tree import check_like
 from woodjax.typing import Masks, Params
 
@@ -44,6 +45,7 @@ class ResidentLayer(Protocol):
         ...
 
 
+@checked
 class HostLayer:
     """A layer whose parameters are held by the host. Made by hand, one for each layer.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import PyTree
 
+from woodjax.door import checked
 from woodjax.structured.axes import KEPT, ZERO, Axis, Place, Value
 from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, ConvKernel, LeafChannels, Product, Role
 from woodjax.structured.reading import Reading, Traced, read_program
@@ -37,6 +38,7 @@ def check_options(streams: Streams, unknown: Unknown) -> None:
         raise ValueError(f"unknown is {unknown!r}: choose 'error' or 'barrier'.")
 
 
+@checked
 def channel_groups(
     apply_fn: ApplyFn, variables: PyTree, inputs: Batch, *, streams: Streams = "joint", unknown: Unknown = "error"
 ) -> ChannelGroups:

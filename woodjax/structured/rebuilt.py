@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from woodjax.door import checked
 from woodjax.structured.shrunk import ShrunkNetwork
 from woodjax.typing import Batch
 
 
+@checked
 def check_rebuilt(
     rebuilt_fn: Callable[[PyTree, Batch], Any],
     network: ShrunkNetwork,

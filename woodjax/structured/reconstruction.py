@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from woodjax import linalg
+from woodjax.door import checked
 from woodjax.loss_rows import batch_size
 from woodjax.structured.channels import ChannelGroups, Kept, stay_along
 from woodjax.structured.matching import match
@@ -28,6 +29,7 @@ class InputMoments(NamedTuple):
     count: int  # examples
 
 
+@checked
 def input_moments(
     groups: ChannelGroups, apply_fn: ApplyFn, params: Params, inputs: Batch, *, microbatch_size: int = 64
 ) -> InputMoments:
@@ -83,6 +85,7 @@ def input_moments(
     return InputMoments(readers, jax.tree.map(lambda moment: moment / size, total), size)
 
 
+@checked
 def reconstruct_channels(
     groups: ChannelGroups, params: Params, kept: Kept, moments: InputMoments, *, damping: float = 1e-3
 ) -> Updates:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from woodjax.door import checked
 from woodjax.structured.channels import ChannelGroups, ChannelScores, Kept
 
 Chosen = dict[str, Bool[np.ndarray, " n"]]
@@ -19,6 +20,7 @@ class Selection(NamedTuple):
     implanted: Chosen
 
 
+@checked
 def select_channels(
     groups: ChannelGroups,
     scores: ChannelScores,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from woodjax.door import checked
 from woodjax.structured.axes import KEPT, Place, Value, kept_axes
 from woodjax.structured.implants import is_implanted
 from woodjax.structured.matching import match
@@ -111,6 +112,7 @@ def _independent(reading: Reading, plans: Sequence[LeafPlan | None], inputs: Bat
     return found
 
 
+@checked
 def shrunk_network(
     apply_fn: Callable[[PyTree, Batch], Any], plan: PrunePlan, *, updates: bool = False
 ) -> ShrunkNetwork:
