@@ -19,6 +19,7 @@ import render_language_model
 import render_limited_data
 import render_overhead
 import render_pai
+import render_robustness
 import render_scale
 import render_structured
 from matplotlib.figure import Figure
@@ -37,6 +38,7 @@ OTHERS = {
     "language_model": render_language_model,
     "limited_data": render_limited_data,
     "pai": render_pai,
+    "robustness": render_robustness,
     "scale": render_scale,
     "structured": render_structured,
     "transform_overhead": render_overhead,

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import AbstractArray, PyTree
 
-from woodjax.tree import path_name
-
 F = TypeVar("F", bound=Callable[..., Any])
+# What an annotation cannot say of an argument, by its name.
+COUNTS = ("block_size", "examples_per_gradient", "keep", "microbatch_size", "probes_at_once", "samples", "window_size")
+EXAMPLES = ("batch", "inputs")
 CONTAINERS = (Mapping, Sequence, Iterable, dict, list, tuple)
 
 
@@ -27,7 +28,8 @@ def checked(function: F) -> F:
     """Check the arguments of every call by the annotations of the parameters.
 
     Args:
-        function: With annotated parameters, or a class, of which the constructor is checked. Arrays may be traced: only shapes and dtypes are read.
+        function: With annotated parameters, or a class, of which the constructor is checked. Arrays may be traced:
+            only shapes and dtypes are read.
 
     Returns:
         The function; it raises a `ValueError` that names the argument, and the leaf of a tree.
@@ -52,21 +54,39 @@ def checked(function: F) -> F:
                 continue
             if not _fits(hint, value):
                 raise ValueError(f"{name} is {_describe(value)}: pass {' or '.join(_wanted(hint))}.")
-            if _is_tree(hint):
-                _check_leaves(value, name)
-            elif _is_array(hint) and hasattr(value, "shape"):
-                _check_dims(hint, value, name, sizes)
+            for part in _parts(hint):
+                if _is_tree(part) and value is not None and not _is_made(hint, value):
+                    _check_leaves(value, name)
+                elif _is_array(part) and hasattr(value, "shape"):
+                    _check_dims(part, value, name, sizes)
+            if name in COUNTS and isinstance(value, numbers.Real) and value < 1:
+                raise ValueError(f"{name} is {value}: pass at least 1{', or None' * (NoneType in _parts(hint))}.")
+            if name == "damping" and _known(value) and not 0 < value < math.inf:
+                raise ValueError(f"damping is {float(value)}: it must be positive and finite.")
         return function(*args, **keywords)
 
     return cast(F, run)
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_made(hint: Any, value: Any) -> bool:
+    """Is it an object of one of the classes that may stand for a tree, such as a stream?"""
+    return any(type(part) is type and isinstance(value, part) for part in _parts(hint))
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, numbers.Real) or (_is_scalar(value, jnp.number) and not isinstance(value, jax.core.Tracer))
 
 
 def _fits(hint: Any, value: Any) -> bool:
     if hint is Any:
         return True
     origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(part, value) for part in get_args(hint))
+    if len(parts := _parts(hint)) > 1:
+        return any(_fits(part, value) for part in parts)
     if hint in (None, NoneType):
         return value is None
     if origin is Literal:
@@ -74,9 +94,7 @@ def _fits(hint: Any, value: Any) -> bool:
     if origin is Callable:
         return callable(value)
     if origin in CONTAINERS:
-        return isinstance(value, (origin, *([jax.Array] if origin in (Sequence, Iterable) else []))) and not isinstance(
-            value, str
-        )
+        return _is_container(hint, origin, value)
     if _is_tree(hint):
         return value is not None and not isinstance(value, str)
     if hint is int:
@@ -93,6 +111,17 @@ def _fits(hint: Any, value: Any) -> bool:
         protocol = getattr(hint, "_is_protocol", False)
         return isinstance(value, hint) if not protocol or getattr(hint, "_is_runtime_protocol", False) else True
     return True
+
+
+def _is_container(hint: Any, origin: type, value: Any) -> bool:
+    if origin in (Sequence, Iterable) and isinstance(value, jax.Array):
+        return True
+    if isinstance(value, str) or not isinstance(value, origin):
+        return False
+    one = next(reversed([part for part in get_args(hint) if part is not Ellipsis]), Any)
+    if not isinstance(value, list | tuple | dict) or len(set(get_args(hint)) - {Ellipsis, str}) != 1 or _is_array(one):
+        return True
+    return all(_fits(one, part) for part in (value.values() if isinstance(value, dict) else value))
 
 
 def _is_tree(hint: Any) -> bool:
@@ -136,10 +165,16 @@ def _check_dims(hint: Any, value: Any, name: str, sizes: dict[str, tuple[int, st
 
 
 def _check_leaves(tree: Any, name: str) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if name in EXAMPLES and not leaves:
+        raise ValueError(f"{name} has no leaf: pass arrays with the examples along the first axis.")
+    for path, leaf in leaves:
+        path_text = jax.tree_util.keystr(path, simple=True, separator="/")
+        where = f"leaf '{path_text}' of {name}" if path else name
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
-            where = f" leaf '{path_name(path)}' of" if path else ""
-            raise ValueError(f"{where.strip()} {name} is {_describe(leaf)}: pass a tree of arrays.".strip())
+            raise ValueError(f"{where} is {_describe(leaf)}: pass a tree of arrays.")
+        if name in EXAMPLES and jnp.shape(leaf)[:1] == (0,):
+            raise ValueError(f"{where} has shape {jnp.shape(leaf)}, no examples: pass at least one.")
 
 
 def _describe(value: Any) -> str:
@@ -152,8 +187,8 @@ def _describe(value: Any) -> str:
 
 def _wanted(hint: Any) -> list[str]:
     origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return list(dict.fromkeys(text for part in get_args(hint) for text in _wanted(part)))
+    if len(parts := _parts(hint)) > 1:
+        return list(dict.fromkeys(text for part in parts for text in _wanted(part)))
     if hint in (None, NoneType):
         return ["None"]
     if origin is Literal:

@@ -189,7 +189,7 @@ def split_batch(batch: Batch, held_out: float | int, key: Key[Array, ""] | None 
     """
     size = batch_size(batch)
     count = int(held_out) if held_out >= 1 else round(held_out * size)
-    if not 1 <= count < size:
+    if not 1 <= count < size or (held_out > 1 and held_out != count):
         raise ValueError(
             f"held_out is {held_out}: pass a share, or a number, that leaves some of {size} on both sides."
         )

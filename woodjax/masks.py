@@ -27,7 +27,7 @@ from woodjax.sparsities import (
     prune_count,
     sparsity_groups,
 )
-from woodjax.tree import check_like
+from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Scores
 
 Scope = Literal["global", "leaf", "erdos_renyi"]
@@ -272,6 +272,7 @@ def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
         0.5
     """
     check_like(masks, scores, "masks")
+    check_bool(masks, "masks")
     pairs = list(zip(jax.tree.leaves(masks), jax.tree.leaves(scores), strict=True))
     # Of a leaf in integers, together in floats: there may be more than 2³¹.
     pruned = sum(jnp.sum(~mask).astype(jnp.float32) for mask, _ in pairs)

@@ -77,7 +77,7 @@ def _trace(loss_fn: LossFn, params: Params, example: Example) -> tuple[Any, Any]
     try:
         return jax.make_jaxpr(lambda p, e: loss_fn(p, e), return_shape=True)(params, example)
     except Exception as error:
-        shapes = jax.tree.map(lambda x: tuple(x.shape), example)
+        shapes = jax.tree.map(jnp.shape, example)
         error.add_note(f"woodjax called loss_fn(params, example) with ONE example, of shapes {shapes}: no batch axis.")
         raise
 

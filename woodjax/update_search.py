@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from woodjax.compensation import Method, compensate
 from woodjax.curvature import Curvature, LowRankFisher, StreamedFisher
 from woodjax.door import checked
+from woodjax.tree import check_bool, check_floating, check_like
 from woodjax.typing import Masks, Params, Updates
 
 SMALL, LARGE = 0.005, 0.05  # falls of the loss by less are not worth following, by more need no further proof
@@ -98,6 +99,9 @@ def choose_update(
         One Gram matrix and a factor for each multiple, one `compensate` for each other rule, and one forward pass over
         the held-out examples for each candidate and each step.
     """
+    check_floating(params)
+    check_like(masks, params, "masks")
+    check_bool(masks, "masks")
     if not isinstance(curvature, LowRankFisher):
         search = search._replace(damping_multiples=(1.0,))
     if held_out_losses is None:

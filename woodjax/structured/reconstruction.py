@@ -129,6 +129,8 @@ def reconstruct_channels(
     units = groups.kept_units(kept)
     masks = make_plan(groups, kept).masks(params)
     found = match(groups.leaves, params)
+    if lost := sorted({leaf.path for leaf in groups.leaves} - {leaf.path for leaf, _, _ in found if leaf}):
+        raise ValueError(f"params lack leaves {lost} that the groups go through: pass those of channel_groups.")
     if lost := sorted(set(moments.moments) - {path for _, path, _ in found}):
         raise ValueError(f"moments are of kernels {lost}, which params lack: take them at these parameters.")
     updates, fits = [], {}

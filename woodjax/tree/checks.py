@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from woodjax.door import checked
 from woodjax.tree.names import path_name
 
 
@@ -75,6 +76,7 @@ def check_bool(masks: PyTree, name: str) -> None:
             )
 
 
+@checked
 def apply_masks(tree: PyTree[Float[Array, "..."]], masks: PyTree[Bool[Array, "..."]]) -> PyTree:
     """Set pruned coordinates to zero: `where(mask, x, 0)`, also where `x` is not finite.
 

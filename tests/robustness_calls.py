@@ -46,6 +46,39 @@ DECIDES = (
 )  # fmt: skip
 
 
+# What looks spoiled and is not, by function and argument, with the reason.
+FINE = {
+    ("HostLayer", "params"): "a layer may have no parameters",
+    ("StageCheckpoints", "params"): "checked when a stage is saved",
+    ("apply_masks", "masks"): "a mask has the shape of the last axes",
+    ("budget_masks", "costs"): "one number a leaf",
+    ("budget_masks", "scores"): "a cost is of a leaf, whatever its size",
+    ("column_sweep", "kernel"): "any number of outputs",
+    ("compensate_channels", "kept"): "groups that are not named stay whole",
+    ("cost_table", "costs"): "a table without rows",
+    ("expand_group_masks", "kept"): "a leaf may have no groups",
+    ("from_bcoo", "tree"): "leaves that are not sparse stay",
+    ("joint_steps_gram", "dampings"): "any number of them",
+    ("load_arrays", "like"): "only the structure is read",
+    ("load_masks", "like"): "only the structure is read",
+    ("make_plan", "kept"): "groups that are not named stay whole",
+    ("nonfinite_scores", "scores"): "none of no leaves",
+    ("normalize_scores", "scores"): "no groups",
+    ("random_scores", "batch"): "not read",
+    ("reconstruct_channels", "kept"): "groups that are not named stay whole",
+    ("reconstruct_channels", "params"): "leaves that no group goes through stay",
+    ("reestimate_batch_stats", "batch_stats"): "no statistics, nothing to do",
+    ("reestimate_batch_stats", "params"): "for the user's own function",
+    ("split_batch", "batch"): "any number of parts",
+    ("warm_up_batch_stats", "batch_stats"): "no statistics, nothing to do",
+    ("warm_up_batch_stats", "params"): "for the user's own function",
+    ("unpack_nm", "tree"): "leaves that are not packed stay",
+    ("weight_macs", "params"): "a leaf that is not read has no multiply-adds",
+}
+# Called by woodjax itself with one leaf, and not by users with what they have; or an error of `einsum` that is clear.
+ONLY_VALID = ("contract", "is_kernel", "path_name")
+
+
 @dataclass(frozen=True)
 class Spoiled:
     """One call with one argument spoiled."""
@@ -67,6 +100,8 @@ class Outcome:
 
 def spoiled_calls(name: str) -> Iterator[Spoiled]:
     """Every spoiled call of a function."""
+    if name in ONLY_VALID:
+        return
     function, arguments = cases.call_of(name)
     parameters = inspect.signature(function).parameters
     trees = [key for key, value in arguments.items() if _is_tree(value) and key not in BATCHES]
@@ -76,6 +111,8 @@ def spoiled_calls(name: str) -> Iterator[Spoiled]:
         )
         for mutation, expected, spoil in _mutations(argument, value, len(trees) > 1):
             if not (mutation == "None" and may_be_none):
+                if (name, argument) in FINE and mutation not in ("None", "text"):
+                    expected = "either" if expected == "refuse" else expected
                 yield Spoiled(name, argument, mutation, expected, spoil)
 
 
@@ -111,7 +148,7 @@ def _judge_error(error: Exception) -> Outcome:
     frames = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     if any(frame.name == "robustness_cases.py" for frame in frames):
         return Outcome("passed on", words)
-    raised_here = "woodjax" in frames[-1].parts or frames[-1].name == "robustness.py"
+    raised_here = "woodjax" in frames[-1].parts or frames[-1].name == "robustness_calls.py"
     if raised_here and type(error) in (ValueError, TypeError):
         return Outcome("refused", words)
     return Outcome("defect", f"{words} at {frames[-1].name}")
@@ -237,6 +274,8 @@ def _of_tree(value: Any, related: bool) -> Iterator[tuple[str, Expected, Callabl
         yield "other structure", alone, jax.tree.leaves
         yield "empty tree", "refuse", lambda _: {}
         yield "leaf of text", "refuse", lambda v: _at(v, lambda _: "text")
+    if jnp.ndim(jax.tree.leaves(value)[0]) == 0:
+        return
     yield "wrong shape", alone, lambda v: _at(v, lambda x: np.concatenate([x, x], axis=-1))
     yield "empty leaf", alone, lambda v: _at(v, lambda x: x[..., :0])
     yield "scalar leaf", alone, lambda v: _at(v, lambda x: x.reshape(-1)[0])
