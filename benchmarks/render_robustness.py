@@ -38,7 +38,7 @@ def readme_table(records: list[dict[str, Any]]) -> str:
     return "\n".join([
         f"| {head} | {sum(counts.values()):,} calls |",
         "|---|---|",
-        *(f"| {head} | {counts[name]:,} |" for head, name in zip(HEADS, OUTCOMES, strict=True)),
+        *(f"| {title} | {counts[name]:,} |" for title, name in zip(HEADS, OUTCOMES, strict=True)),
     ])
 
 

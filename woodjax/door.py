@@ -37,11 +37,28 @@ def checked(function: F) -> F:
     if isinstance(function, type):
         function.__init__ = checked(function.__init__)
         return function
+    return _guarded(function, ())
+
+
+def checked_but(*own: str) -> Callable[[F], F]:
+    """`checked`, but for arguments that the function checks itself, with more to say.
+
+    Args:
+        *own: Their names.
+
+    Returns:
+        A decorator.
+    """
+    return lambda function: _guarded(function, own)
+
+
+def _guarded(function: F, own: tuple[str, ...]) -> F:
     signature = inspect.signature(function)
     hints = {
         name: parameter.annotation
         for name, parameter in signature.parameters.items()
         if parameter.annotation is not parameter.empty
+        and name not in own
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
 
@@ -174,7 +191,7 @@ def _check_leaves(tree: Any, name: str) -> None:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
             raise ValueError(f"{where} is {_describe(leaf)}: pass a tree of arrays.")
         if name in EXAMPLES and jnp.shape(leaf)[:1] == (0,):
-            raise ValueError(f"{where} has shape {jnp.shape(leaf)}, no examples: pass at least one.")
+            raise ValueError(f"{where} has shape {jnp.shape(leaf)}: pass a non-zero number of examples.")
 
 
 def _describe(value: Any) -> str:

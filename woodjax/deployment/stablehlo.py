@@ -10,7 +10,7 @@ from jax import export
 from jaxtyping import PyTree
 
 from woodjax.deployment._host import named_leaves
-from woodjax.door import checked
+from woodjax.door import checked, checked_but
 
 
 @checked
@@ -90,7 +90,7 @@ def export_stablehlo(
     return bytes(exported.serialize(vjp_order=0))
 
 
-@checked
+@checked_but("program")
 def load_stablehlo(program: bytes) -> Callable[[PyTree, PyTree], PyTree]:
     """Read a program that `export_stablehlo` wrote.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from woodjax.compensation import compensate
 from woodjax.curvature import CoupledCurvature, Curvature
-from woodjax.door import checked
+from woodjax.door import checked, checked_but
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, ChannelScores, Kept, LeafChannels
 from woodjax.structured.matching import match
 from woodjax.structured.plan import make_plan
@@ -21,7 +21,7 @@ from woodjax.tree import check_like
 from woodjax.typing import Params, Updates
 
 
-@checked
+@checked_but("curvature")
 def obs_channel_scores(
     groups: ChannelGroups, params: Params, curvature: CoupledCurvature, *, gradient: Params | None = None
 ) -> ChannelScores:
