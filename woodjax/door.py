@@ -41,7 +41,7 @@ def checked(function: F) -> F:
 
 
 def checked_but(*own: str) -> Callable[[F], F]:
-    """`checked`, but for arguments that the function checks itself, with more to say.
+    """`checked`, but for arguments that the function checks itself, with more to say: of arrays only their shape.
 
     Args:
         *own: Their names.
@@ -58,7 +58,7 @@ def _guarded(function: F, own: tuple[str, ...]) -> F:
         name: parameter.annotation
         for name, parameter in signature.parameters.items()
         if parameter.annotation is not parameter.empty
-        and name not in own
+        and (name not in own or _is_array(parameter.annotation))
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
 
@@ -74,7 +74,7 @@ def _guarded(function: F, own: tuple[str, ...]) -> F:
             for part in _parts(hint):
                 if _is_tree(part) and value is not None and not _is_made(hint, value):
                     _check_leaves(value, name)
-                elif _is_array(part) and hasattr(value, "shape"):
+                elif _is_array(part) and hasattr(value, "shape") and name not in own:
                     _check_dims(part, value, name, sizes)
             if name in COUNTS and isinstance(value, numbers.Real) and value < 1:
                 raise ValueError(f"{name} is {value}: pass at least 1{', or None' * (NoneType in _parts(hint))}.")
