@@ -190,8 +190,9 @@ def _check_leaves(tree: Any, name: str) -> None:
         where = f"leaf '{path_text}' of {name}" if path else name
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
             raise ValueError(f"{where} is {_describe(leaf)}: pass a tree of arrays.")
-        if name in EXAMPLES and jnp.shape(leaf)[:1] == (0,):
-            raise ValueError(f"{where} has shape {jnp.shape(leaf)}: pass a non-zero number of examples.")
+        shape = getattr(leaf, "shape", ())
+        if name in EXAMPLES and shape[:1] == (0,):
+            raise ValueError(f"{where} has shape {shape}: pass a non-zero number of examples.")
 
 
 def _describe(value: Any) -> str:
