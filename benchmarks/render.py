@@ -19,6 +19,7 @@ import render_limited_data
 import render_one_shot
 import render_overhead
 import render_pai
+import render_robustness
 import render_scale
 import render_structured
 from records import read
@@ -33,6 +34,7 @@ OTHERS = {
     "limited_data": render_limited_data,
     "one_shot": render_one_shot,
     "pai": render_pai,
+    "robustness": render_robustness,
     "scale": render_scale,
     "structured": render_structured,
     "transform_overhead": render_overhead,

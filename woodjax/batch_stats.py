@@ -6,6 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from woodjax.door import checked
+from woodjax.tree import check_like
 from woodjax.typing import Batch, Params, PyTree
 
 StatsFn = Callable[[Params, PyTree, Batch], PyTree]
@@ -13,6 +15,8 @@ StatsFn = Callable[[Params, PyTree, Batch], PyTree]
 PROBE = 1e6  # large beside statistics: the momentum is read off to float error
 
 
+@checked
+@checked
 def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTree, batches: Iterable[Batch]) -> PyTree:
     """Running statistics as the plain average over batches, whatever momentum the layers have.
 
@@ -62,6 +66,7 @@ def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTr
             raise ValueError(f"Batches of shapes {first} and {shapes}: pass batches of one size, leave out the rest.")
         if momentum is None:
             momentum = _momentum(params, batch_stats, inputs, update_fn=update_fn)
+            check_like(momentum, batch_stats, "what update_fn returned")
             for path, m in jax.tree_util.tree_leaves_with_path(momentum):
                 if not jnp.all(m < 1 - 1e-6):
                     raise ValueError(
@@ -95,7 +100,7 @@ def _filled(batch_stats: PyTree, value: float) -> PyTree:
 @partial(jax.jit, static_argnames="update_fn")
 def _momentum(params: Params, batch_stats: PyTree, inputs: Batch, *, update_fn: StatsFn) -> PyTree:
     high, low = (update_fn(params, _filled(batch_stats, value), inputs) for value in (PROBE, 0.0))
-    return jax.tree.map(lambda h, s: (h - s) / PROBE if _moves(h) else jnp.zeros(()), high, low)
+    return jax.tree.map(lambda h, s: (h - s) / PROBE if _moves(h) else jnp.zeros(jnp.shape(h)), high, low)
 
 
 @partial(jax.jit, static_argnames="update_fn")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from woodjax.door import checked
 from woodjax.masks import protect_highest
 from woodjax.placement import on_any_axes
 from woodjax.ranking import LARGEST_COST, Cost, fewest_that_cost, ranked_leaves
@@ -17,6 +18,7 @@ from woodjax.typing import Masks, Scores
 FLOAT_ROUNDING = Fraction(1, 2**52)  # of a budget that was written in decimals: 0.85 of 40 is 34
 
 
+@checked
 @on_any_axes
 def budget_masks(
     scores: Scores,
@@ -74,7 +76,11 @@ def budget_masks(
     names, leaves = ranked_leaves(scores, previous)
     each = _numbers(scores, costs)
     units, allowed = _in_units(each, [leaf.size for leaf in leaves], budget)
-    shares = [_per_cost(leaf, float(cost) ** power if cost else 0.0) for leaf, cost in zip(leaves, each, strict=True)]
+    try:
+        worth = [float(cost) ** power if cost else 0.0 for cost in each]
+    except OverflowError as error:
+        raise ValueError(f"power is {power}: costs to that power overflow, pass a smaller one.") from error
+    shares = [_per_cost(leaf, cost) for leaf, cost in zip(leaves, worth, strict=True)]
     _, rows = protect_highest(names, [share.reshape(1, -1) for share in shares], floor)
     dense = sum(unit * leaf.size for unit, leaf in zip(units, leaves, strict=True))
     pruned = fewest_that_cost([row[0] for row in rows], Cost.of(dense - allowed), tuple(units))

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from woodjax.curvature.damping import ONE_PERCENT, Damping, resolve_damping, split_damping
+from woodjax.door import checked_but
 from woodjax.linalg import contract
 from woodjax.linalg.guards import inverse_cholesky
 from woodjax.ranking import lowest
@@ -29,6 +30,7 @@ class SweptKernel(NamedTuple):
     damping: Float[Array, ""]  # as used
 
 
+@checked_but("hessian")
 def column_sweep(
     kernel: Float[Array, "in out"],
     hessian: Float[Array, "in in"],

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from woodjax.curvature import Curvature
+from woodjax.door import checked
 from woodjax.placement import on_any_axes
-from woodjax.tree import check_bool, check_like
+from woodjax.tree import check_bool, check_floating, check_like
 from woodjax.typing import Masks, Params, Updates
 
 Method = Literal["joint", "sum"]
 
 
+@checked
 @on_any_axes
 def compensate(
     params: Params,
@@ -62,6 +64,7 @@ def compensate(
         >>> optax.apply_updates(params, updates)["w"].round(3).tolist()  # 2 + 1 · 1/2
         [[2.5, 0.0]]
     """
+    check_floating(params)
     check_like(masks, params, "masks")
     check_bool(masks, "masks")
     if gradient is not None:

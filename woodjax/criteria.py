@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from woodjax.curvature import Curvature
+from woodjax.door import checked
 from woodjax.placement import on_any_axes
 from woodjax.tree import check_like, is_kernel, make_layout
 from woodjax.typing import Params, Scores, Select
 
 
+@checked
 @on_any_axes
 def magnitude_scores(params: Params, *, select: Select = is_kernel, batch_axes: int = 0) -> Scores:
     """Magnitude `|w|`.
@@ -49,6 +51,7 @@ def magnitude_scores(params: Params, *, select: Select = is_kernel, batch_axes: 
     return jax.tree.unflatten(layout.treedef, scores)
 
 
+@checked
 def obd_scores(params: Params, diagonal: Params) -> Scores:
     """Optimal Brain Damage: `½ h_q w_q²`, the loss increase if the Hessian were diagonal.
 
@@ -80,6 +83,7 @@ def obd_scores(params: Params, diagonal: Params) -> Scores:
     )
 
 
+@checked
 @on_any_axes
 def obs_scores(params: Params, curvature: Curvature) -> Scores:
     """Optimal Brain Surgeon: `w_q² / (2 [H⁻¹]_qq)`, the loss increase after the others moved.
@@ -110,6 +114,7 @@ def obs_scores(params: Params, curvature: Curvature) -> Scores:
     return _surgeon(params, curvature.inverse_diagonal())
 
 
+@checked
 @on_any_axes
 def woodtaylor_scores(params: Params, curvature: Curvature, gradient: Params) -> Scores:
     """WoodTaylor: `(w_q − [H⁻¹ḡ]_q)² / (2 [H⁻¹]_qq)`, for networks that are not at a minimum.

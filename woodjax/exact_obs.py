@@ -16,6 +16,7 @@ from woodjax import linalg
 from woodjax.compensation import compensate
 from woodjax.curvature import BlockFisher
 from woodjax.curvature._blocked import map_chunks
+from woodjax.door import checked
 from woodjax.masks import make_masks
 from woodjax.placement import on_any_axes
 from woodjax.sparsities import Sparsity, check_sparsity
@@ -34,6 +35,7 @@ class ExactObsInfo(NamedTuple):
     predicted_loss_change: Float[Array, ""]  # of all blocks together
 
 
+@checked
 @on_any_axes
 def exact_obs(
     params: Params, fisher: BlockFisher, sparsity: Sparsity, *, previous: Masks | None = None

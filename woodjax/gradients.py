@@ -23,12 +23,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Key
 
+from woodjax.door import checked
 from woodjax.loss_rows import LossRow, batch_size, group_examples
 from woodjax.placement import Microbatches, Placement, as_gradients, on_any_axes, place_rows, placement_of
 from woodjax.probe import check_loss
 from woodjax.typing import ApplyFn, Batch, Gradients, LossFn, Params
 
 
+@checked
 @on_any_axes
 def per_example_gradients(
     loss_fn: LossFn,
@@ -84,6 +86,7 @@ def per_example_gradients(
     return _map_rows(LossRow(loss_fn, examples_per_gradient > 1, remat=remat), params, rows, microbatch_size)
 
 
+@checked
 @on_any_axes
 def sampled_label_gradients(
     apply_fn: ApplyFn,
@@ -135,6 +138,7 @@ def sampled_label_gradients(
     return _merge_rows(_map_rows(_SampledRows(apply_fn, samples), params, (inputs, keys), microbatch_size))
 
 
+@checked
 @on_any_axes
 def sample_labels(apply_fn: ApplyFn, params: Params, inputs: Batch, key: Key[Array, ""]) -> Int[Array, " n"]:
     """Labels drawn from the model: they make a pool of examples out of inputs without labels.
@@ -173,6 +177,7 @@ def sample_labels(apply_fn: ApplyFn, params: Params, inputs: Batch, key: Key[Arr
     return jax.random.categorical(key, logits)
 
 
+@checked
 @on_any_axes
 def all_class_gradients(
     apply_fn: ApplyFn, params: Params, inputs: Batch, *, microbatch_size: int | None = None

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature import Curvature, GroupCurvature
+from woodjax.door import checked
 from woodjax.masks import make_masks, protect_highest
 from woodjax.patterns import NM, Pattern
 from woodjax.placement import on_any_axes
@@ -28,6 +29,7 @@ GroupScope = Literal["global", "leaf"]
 SUBSET_BYTES = 2**26  # of workspace for the subsets of as many groups as are compared at once
 
 
+@checked
 @on_any_axes
 def group_scores(
     params: Params,
@@ -82,6 +84,7 @@ def group_scores(
     return jax.tree.map(lambda cost, w: _shaped(cost, jnp.shape(w)[:batch_axes]), tree, params)
 
 
+@checked
 @on_any_axes
 def pattern_masks(
     params: Params,
@@ -160,6 +163,7 @@ def pattern_masks(
     return masks if previous is None else jax.tree.map(jnp.logical_and, masks, previous)
 
 
+@checked
 @on_any_axes
 def expand_group_masks(kept: Masks, params: Params, pattern: Pattern, *, batch_axes: int = 0) -> Masks:
     """Full-shape masks from masks over groups, for example from `budget_masks` of `group_scores`.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+from woodjax.door import checked
 from woodjax.loss_rows import LossRow, batch_size, example_losses
 from woodjax.one_shot import prune_one_shot
 from woodjax.p_values import betting_p_value, hoeffding_bentkus_p_value
@@ -45,6 +46,7 @@ class GuaranteeInfo(NamedTuple):
     prune_info: Any  # of the rung returned; None for the dense network
 
 
+@checked
 @on_any_axes
 def prune_to_loss(
     loss_fn: LossFn,
@@ -160,6 +162,7 @@ def prune_to_loss(
     return best[0], best[1], report
 
 
+@checked
 @on_any_axes
 def split_batch(batch: Batch, held_out: float | int, key: Key[Array, ""] | None = None) -> tuple[Batch, Batch]:
     """Two disjoint parts of a batch, drawn at random.
@@ -186,7 +189,7 @@ def split_batch(batch: Batch, held_out: float | int, key: Key[Array, ""] | None 
     """
     size = batch_size(batch)
     count = int(held_out) if held_out >= 1 else round(held_out * size)
-    if not 1 <= count < size:
+    if not 1 <= count < size or (held_out > 1 and held_out != count):
         raise ValueError(
             f"held_out is {held_out}: pass a share, or a number, that leaves some of {size} on both sides."
         )

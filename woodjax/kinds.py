@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from woodjax.door import checked
 from woodjax.programs import PRODUCTS, has_products, inner_programs, program_of
 from woodjax.tree import path_name
 from woodjax.typing import ApplyFn, Batch, Params, Select
@@ -58,6 +59,7 @@ class HiddenKernels:
         return path in self.paths
 
 
+@checked
 def hidden_kernels(apply_fn: ApplyFn, params: Params, inputs: Batch) -> Select:
     """Select the kernels of hidden layers, whatever their names: what pruning at initialization may remove.
 

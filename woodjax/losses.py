@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from woodjax.door import checked
 from woodjax.typing import ApplyFn, LossFn
 
 
+@checked
 def cross_entropy(apply_fn: ApplyFn, *, temperature: float = 1.0) -> LossFn:
     """Softmax cross-entropy of one `(input, integer label)` pair.
 

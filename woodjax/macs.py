@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from woodjax.door import checked
 from woodjax.programs import has_products, inner_programs, multiply_adds, program_of
 from woodjax.tree import path_name
 from woodjax.typing import Batch, Example, Params
@@ -32,6 +33,7 @@ PER_DEVICE = ("shard_map", "xla_pmap")
 UNKNOWN = ("coo_dot", "csr_dot", "coo_conv", "coo_mat", "csr_mat", "ragged_dot", "attention", "pallas", "ffi_call")
 
 
+@checked
 def weight_macs(function: Callable[[Params, Any], Any], params: Params, example: Example | Batch) -> Any:
     """Multiply-adds that each weight of a leaf costs in one call.
 
@@ -72,6 +74,7 @@ def weight_macs(function: Callable[[Params, Any], Any], params: Params, example:
     return jax.tree.unflatten(treedef, [totals[leaf] // max(size, 1) for leaf, size in enumerate(sizes)])
 
 
+@checked
 def count_macs(apply_fn: Callable[[Params, Any], Any], variables: Any, inputs: Example | Batch) -> int:
     """Multiply-adds of all products in one call: with weights, and of activations with each other.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from woodjax.curvature import LowRankFisher
+from woodjax.door import checked
 from woodjax.moves import Quadratic, hard_threshold, try_in_rounds
 from woodjax.placement import on_any_axes
 from woodjax.tree import check_bool, check_like
@@ -29,6 +30,7 @@ class SearchInfo(NamedTuple):
     moved: Int[Array, ""]  # weights that survive now and did not at the start
 
 
+@checked
 @on_any_axes
 def search_masks(
     params: Params,

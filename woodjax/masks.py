@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from woodjax.door import checked
 from woodjax.mesh_ranking import MeshRanker
 from woodjax.placement import Placement, on_any_axes, placement_of
 from woodjax.ranking import HERE, Ranker, erdos_renyi_counts, is_broken, ranked_leaves
@@ -26,12 +27,13 @@ from woodjax.sparsities import (
     prune_count,
     sparsity_groups,
 )
-from woodjax.tree import check_like
+from woodjax.tree import check_bool, check_like
 from woodjax.typing import Masks, Scores
 
 Scope = Literal["global", "leaf", "erdos_renyi"]
 
 
+@checked
 @on_any_axes
 def make_masks(
     scores: Scores,
@@ -224,6 +226,7 @@ def protect_highest(
     return least, [jnp.where(high, jnp.inf, row) for high, row in zip(protected, rows, strict=True)]
 
 
+@checked
 def nonfinite_scores(scores: Scores) -> Int[Array, ""]:
     """Number of leaves with a NaN or `-inf` score: those keep their previous mask under `jit`.
 
@@ -244,6 +247,7 @@ def nonfinite_scores(scores: Scores) -> Int[Array, ""]:
     return sum((is_broken(leaf).astype(jnp.int32) for leaf in jax.tree.leaves(scores)), start=jnp.int32(0))
 
 
+@checked
 @on_any_axes
 def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
     """Pruned fraction of the weights that the scores count.
@@ -268,6 +272,7 @@ def mask_sparsity(masks: Masks, scores: Scores) -> Float[Array, ""]:
         0.5
     """
     check_like(masks, scores, "masks")
+    check_bool(masks, "masks")
     pairs = list(zip(jax.tree.leaves(masks), jax.tree.leaves(scores), strict=True))
     # Of a leaf in integers, together in floats: there may be more than 2³¹.
     pruned = sum(jnp.sum(~mask).astype(jnp.float32) for mask, _ in pairs)

@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 
+from woodjax.door import checked
 from woodjax.loss_rows import LossRow, batch_size, group_examples
 from woodjax.placement import on_any_axes, placement_of
 from woodjax.typing import Batch, Gradients, LossFn, Params
 
 
+@checked
 @on_any_axes
 def microbatch_for(
     loss_fn: LossFn,

@@ -6,9 +6,12 @@ All test the hypothesis that the mean is above `mean`: small where the observati
 import numpy as np
 from jaxtyping import Float
 
+from woodjax.door import checked_but
+
 LARGEST_BET = 0.75  # of the capital that may be lost on one observation
 
 
+@checked_but("values")
 def betting_p_value(values: Float[np.ndarray, " n"], mean: float, level: float = 0.05) -> float:
     """p-value of `E[x] ≥ mean` by betting against it: exact at every sample size, sharp where the variance is small.
 
@@ -52,6 +55,7 @@ def betting_p_value(values: Float[np.ndarray, " n"], mean: float, level: float =
     return float(np.exp(-max(0.0, log_capital.max())))
 
 
+@checked_but("values")
 def hoeffding_bentkus_p_value(values: Float[np.ndarray, " n"], mean: float) -> float:
     """p-value of `E[x] ≥ mean`, the smaller of Hoeffding's and Bentkus's: a function of the sample mean alone.
 

@@ -20,6 +20,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from woodjax.door import checked
+
 
 @runtime_checkable
 class Pattern(Protocol):
@@ -40,6 +42,7 @@ class Pattern(Protocol):
         ...
 
 
+@checked
 @dataclass(frozen=True)
 class NM:
     """N:M sparsity: of every `m` consecutive weights along the input axis `n` are kept. `NM(2, 4)` is 2:4.
@@ -76,6 +79,7 @@ class NM:
         return _runs(shape, self.m, -2, f"{self.n}:{self.m}")
 
 
+@checked
 @dataclass(frozen=True)
 class Block:
     """Runs of `size` consecutive weights along an axis, kept or pruned as a whole.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from woodjax.door import checked
 from woodjax.programs import inner_programs
 from woodjax.tree import check_floating
 from woodjax.typing import Example, LossFn, Params
@@ -24,6 +25,7 @@ ROOTS = ("rsqrt", "sqrt", "pow")
 MIXING = ("dot_general", "conv_general_dilated")  # a new layer begins: what came before is not its statistics
 
 
+@checked
 def check_loss(loss_fn: LossFn, params: Params, example: Example) -> None:
     """Raise unless `loss_fn(params, example)` is a deterministic, per-example scalar loss.
 
@@ -75,7 +77,7 @@ def _trace(loss_fn: LossFn, params: Params, example: Example) -> tuple[Any, Any]
     try:
         return jax.make_jaxpr(lambda p, e: loss_fn(p, e), return_shape=True)(params, example)
     except Exception as error:
-        shapes = jax.tree.map(lambda x: tuple(x.shape), example)
+        shapes = jax.tree.map(jnp.shape, example)
         error.add_note(f"woodjax called loss_fn(params, example) with ONE example, of shapes {shapes}: no batch axis.")
         raise
 

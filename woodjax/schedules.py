@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from woodjax.door import checked
 from woodjax.sparsities import ExactSparsity, Sparsity, check_sparsity, exact_sparsity
 
 Path = Literal["exponential", "cubic", "linear"]
 Target: TypeAlias = float | Mapping[str, float]
 
 
+@checked
 def stage_sparsities(
     target: float, stages: int, *, initial: float = 0.0, path: Path = "exponential"
 ) -> Float[np.ndarray, " stages"]:
@@ -160,6 +162,7 @@ class Schedule:
         return {key: column([values[key] for values in rows]) for key in rows[0]}
 
 
+@checked
 def cubic_schedule(*, begin: int, end: int, every: int, target: Target, initial: Target = 0.0) -> Schedule:
     """Prune fast at first and slower later: `s_f + (s_i − s_f)(1 − (t − t₀)/(nΔ))³`.
 
@@ -193,6 +196,7 @@ def cubic_schedule(*, begin: int, end: int, every: int, target: Target, initial:
     return _along("cubic", begin, end, every, target, initial)
 
 
+@checked
 def linear_schedule(*, begin: int, end: int, every: int, target: Target, initial: Target = 0.0) -> Schedule:
     """Prune the same number of weights at every due step.
 
@@ -220,6 +224,7 @@ def linear_schedule(*, begin: int, end: int, every: int, target: Target, initial
     return _along("linear", begin, end, every, target, initial)
 
 
+@checked
 def exponential_schedule(*, begin: int, end: int, every: int, target: Target, initial: Target = 0.0) -> Schedule:
     """Prune the same fraction of the survivors at every due step.
 
@@ -250,6 +255,7 @@ def exponential_schedule(*, begin: int, end: int, every: int, target: Target, in
     return _along("exponential", begin, end, every, target, initial)
 
 
+@checked
 def one_shot_schedule(step: int, target: Target) -> Schedule:
     """Prune once, after one step.
 
@@ -274,6 +280,7 @@ def one_shot_schedule(step: int, target: Target) -> Schedule:
     return schedule_of(lambda _: target, begin=step, end=step, every=1)
 
 
+@checked
 def schedule_of(sparsity: Callable[[int], Target], *, begin: int, end: int, every: int) -> Schedule:
     """Any function of the step as a schedule; it is asked on the host, once for each due step.
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from woodjax.door import checked
+
 CEIL_SLACK = 1e-3  # of a weight: a floor of 0.1 keeps 1 of 10 weights although 0.1 is a bit more than a tenth
 
 
@@ -27,6 +29,7 @@ Fraction: TypeAlias = float | Float[Array, ""] | ExactSparsity
 Sparsity: TypeAlias = Fraction | Mapping[str, Fraction]
 
 
+@checked
 def prune_count(sparsity: Fraction, size: Int[Array, "..."]) -> Int[Array, "..."]:
     """`round(sparsity · size)`, halves to even, without the rounding error of a float32 product.
 

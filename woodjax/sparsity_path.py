@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from woodjax.compensation import compensate
 from woodjax.criteria import obs_scores
 from woodjax.curvature import Curvature, LowRankFisher, predicted_loss_change
+from woodjax.door import checked
 from woodjax.masks import Scope, make_masks, mask_sparsity
 from woodjax.placement import on_any_axes
 from woodjax.sparsities import check_sparsity
@@ -47,6 +48,7 @@ class SparsityPath(NamedTuple):
         return jax.tree.map(lambda level: level > number % levels, self.level)
 
 
+@checked
 @on_any_axes
 def sparsity_path(
     params: Params,

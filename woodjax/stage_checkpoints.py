@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from woodjax.checkpoints import Checkpoints, write_json
+from woodjax.door import checked
 from woodjax.one_shot import OneShotInfo, Stage
 from woodjax.typing import Params
 from woodjax.update_search import UpdateChoice
 
 
+@checked
 class StageCheckpoints:
     """A folder with the last stages of one run of `prune_one_shot`.
 

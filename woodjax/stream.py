@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from woodjax.door import checked
 from woodjax.loss_rows import LossRow, batch_size, group_examples
 from woodjax.placement import Microbatches, Placement, as_gradients, as_params, on_any_axes, placement_of
 from woodjax.probe import check_loss
@@ -194,6 +195,7 @@ class GradientStream:
         return _Static(cut, self.precision, placement)
 
 
+@checked
 @on_any_axes
 def stream_gradients(
     loss_fn: LossFn,

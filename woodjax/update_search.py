@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 from woodjax.compensation import Method, compensate
 from woodjax.curvature import Curvature, LowRankFisher, StreamedFisher
+from woodjax.door import checked
+from woodjax.tree import check_bool, check_floating, check_like
 from woodjax.typing import Masks, Params, Updates
 
 SMALL, LARGE = 0.005, 0.05  # falls of the loss by less are not worth following, by more need no further proof
@@ -64,6 +66,7 @@ class UpdateChoice(NamedTuple):
     step_losses: Float[Array, " steps"]  # of the best of them at each step length
 
 
+@checked
 def choose_update(
     params: Params,
     masks: Masks,
@@ -104,6 +107,9 @@ def choose_update(
         >>> update["w"].round(3).tolist(), bool(choice.joint)
         ([[0.5, -1.0]], True)
     """
+    check_floating(params)
+    check_like(masks, params, "masks")
+    check_bool(masks, "masks")
     if not isinstance(curvature, LowRankFisher):
         search = search._replace(damping_multiples=(1.0,))
     if held_out_losses is None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from woodjax.loss_rows import batch_size
 from woodjax.tree import make_layout
 from woodjax.typing import Batch, Params, Scores, Select
 
@@ -35,6 +36,7 @@ def keep_selected(params: Params, scores: Params, select: Select, *, others: flo
 
 def inputs_of(batch: Batch) -> Any:
     """The inputs of `(inputs, labels)`, or of a batch that is inputs alone."""
+    batch_size(batch)
     return batch[0] if isinstance(batch, tuple) and len(batch) == 2 else batch
 
 

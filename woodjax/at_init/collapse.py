@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from woodjax.at_init._selected import inputs_of, wide
+from woodjax.door import checked
 from woodjax.gradients import check_apply
 from woodjax.loss_rows import LossRow
 from woodjax.tree import check_bool, check_floating, check_like, is_kernel, make_layout
@@ -32,6 +33,7 @@ class CollapseReport(NamedTuple):
         return [path for path, density in self.density.items() if not bool(jnp.all(density > 0))]
 
 
+@checked
 def layer_collapse_report(masks: Masks, *, select: Select = is_kernel, batch_axes: int = 0) -> CollapseReport:
     """Density per layer, collapsed layers and the lowest density.
 
@@ -74,6 +76,7 @@ def layer_collapse_report(masks: Masks, *, select: Select = is_kernel, batch_axe
     return CollapseReport(density, jnp.sum(every == 0), jnp.min(every), 1 - kept / size)
 
 
+@checked
 def effective_masks(
     apply_fn: ApplyFn, params: Params, masks: Masks, batch: Batch, *, select: Select = is_kernel, seed: int = 0
 ) -> Masks:

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from woodjax.door import checked
 from woodjax.placement import on_any_axes
 from woodjax.tree import check_bool, is_kernel, make_layout
 from woodjax.typing import Masks, Select
 
 
+@checked
 @on_any_axes
 def shuffle_masks(masks: Masks, key: Key[Array, ""], *, select: Select = is_kernel) -> Masks:
     """Masks that keep as many weights of every leaf, but random ones.

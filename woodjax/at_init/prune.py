@@ -11,6 +11,7 @@ from jaxtyping import Array, Int, Key
 from woodjax.at_init._selected import inputs_of, keep_selected
 from woodjax.at_init.collapse import CollapseReport, layer_collapse_report
 from woodjax.at_init.names import INIT_CRITERIA, InitCriterion
+from woodjax.door import checked
 from woodjax.gradients import check_apply
 from woodjax.kinds import hidden_kernels
 from woodjax.loss_rows import batch_size
@@ -30,6 +31,7 @@ class AtInitInfo(NamedTuple):
     nonfinite: Int[Array, ""]  # leaves with a score that was not finite, counted in every round
 
 
+@checked
 @on_any_axes
 def prune_at_init(
     apply_fn: ApplyFn,

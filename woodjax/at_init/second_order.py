@@ -28,6 +28,7 @@ from woodjax.at_init.sensitivity import MICROBATCH, mean_gradient
 from woodjax.criteria import obs_scores
 from woodjax.curvature import low_rank_fisher
 from woodjax.curvature.damping import ONE_PERCENT, Damping
+from woodjax.door import checked
 from woodjax.hessian import gauss_newton_diagonal, hutchinson_diagonal
 from woodjax.loss_rows import batch_size
 from woodjax.losses import cross_entropy
@@ -41,6 +42,7 @@ ROWS = 16  # per-example gradients held at once
 PROBES = 10  # of the paper
 
 
+@checked
 def fisher_scores(
     loss_fn: LossFn,
     params: Params,
@@ -91,6 +93,7 @@ def fisher_scores(
     return _scores(loss_fn, params, batch, diagonal, form, select)
 
 
+@checked
 def hutchinson_scores(
     loss_fn: LossFn,
     params: Params,
@@ -148,6 +151,7 @@ def hutchinson_scores(
     return _scores(loss_fn, params, batch, diagonal, form, select)
 
 
+@checked
 def gauss_newton_scores(
     apply_fn: ApplyFn,
     params: Params,
@@ -199,6 +203,7 @@ def gauss_newton_scores(
     return _scores(cross_entropy(apply_fn), params, batch, diagonal, form, select)
 
 
+@checked
 def fisher_obs_scores(
     loss_fn: LossFn,
     params: Params,

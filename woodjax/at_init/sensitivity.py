@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from woodjax.at_init._selected import inputs_of, keep_selected, wide
+from woodjax.door import checked
 from woodjax.gradients import check_apply
 from woodjax.hessian import hvp
 from woodjax.loss_rows import LossRow, batch_size
@@ -28,6 +29,7 @@ MICROBATCH = 64
 LARGE = 1e30  # R above this may have overflowed on the way
 
 
+@checked
 def random_scores(
     loss_fn: LossFn | None, params: Params, batch: Batch, key: Key[Array, ""], *, select: Select = is_kernel
 ) -> Scores:
@@ -62,6 +64,7 @@ def random_scores(
     return keep_selected(params, jax.tree.unflatten(treedef, shaped), select)
 
 
+@checked
 def mean_gradient(
     loss_fn: LossFn, params: Params, batch: Batch, *, microbatch_size: int = MICROBATCH, check: bool = True
 ) -> Params:
@@ -94,6 +97,7 @@ def mean_gradient(
     return stream.combine(jnp.full(n, 1 / n))
 
 
+@checked
 def grad_norm_scores(
     loss_fn: LossFn,
     params: Params,
@@ -138,6 +142,7 @@ def grad_norm_scores(
     return keep_selected(params, jax.tree.map(jnp.abs, gradient), select)
 
 
+@checked
 def snip_scores(
     loss_fn: LossFn,
     params: Params,
@@ -183,6 +188,7 @@ def snip_scores(
     return keep_selected(params, jax.tree.map(lambda w, g: jnp.abs(wide(w) * g), params, gradient), select)
 
 
+@checked
 def grasp_scores(
     loss_fn: LossFn,
     params: Params,
@@ -233,6 +239,7 @@ def grasp_scores(
     return keep_selected(params, jax.tree.map(lambda w, hg: wide(w) * hg, params, product), select)
 
 
+@checked
 def synflow_scores(
     apply_fn: ApplyFn,
     params: Params,

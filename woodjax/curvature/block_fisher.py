@@ -31,6 +31,7 @@ from woodjax.curvature.damping import (
     split_damping,
 )
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, placed_layout, sum_up
+from woodjax.door import checked
 from woodjax.placement import ShardedLayout, on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
@@ -203,6 +204,7 @@ class BlockSums(Accumulator):
         return _invert_sums(self, held_out, number, rule=rule)
 
 
+@checked
 @on_any_axes
 def block_fisher(
     gradients: Gradients | GradientStream,

@@ -22,11 +22,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, after, map_blocks, map_chunks
+from woodjax.door import checked
 from woodjax.tree import Layout
 
 DECADES, STEPS = 10, 401  # the search for "auto": from 1e-8 to 1e2 of the mean diagonal, 1/40 of a decade apart
 
 
+@checked
 @dataclass(frozen=True)
 class Relative:
     """Damping as a fraction of the mean diagonal of the Fisher: `λ = α · mean F_qq`.

@@ -23,6 +23,7 @@ from woodjax.curvature.damping import (
     split_damping,
 )
 from woodjax.curvature.sums import Accumulator, check_finalize, layout_of, only_fresh, placed_layout, sum_up
+from woodjax.door import checked
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
@@ -168,6 +169,7 @@ class DiagonalSums(Accumulator):
         return DiagonalFisher(self.layout, squares + number, jnp.full(1, number))
 
 
+@checked
 @on_any_axes
 def diagonal_fisher(
     gradients: Gradients | GradientStream,
@@ -209,6 +211,7 @@ def diagonal_fisher(
     return sum_up(gradients, partial(DiagonalSums.empty, layout, wide_dtype(gradients)), damping)
 
 
+@checked
 @on_any_axes
 def diagonal_curvature(
     diagonal: Params,

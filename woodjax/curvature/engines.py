@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, WORKSPACE, blocks_at_once
 from woodjax.curvature.block_fisher import PRIMAL_FROM, BlockSums, block_fisher
-from woodjax.curvature.damping import ONE_PERCENT, Damping
+from woodjax.curvature.damping import ONE_PERCENT, Damping, check_damping
 from woodjax.curvature.gradient_rows import GradientRows
 from woodjax.curvature.low_rank_fisher import low_rank_fisher
 from woodjax.curvature.protocol import Curvature
 from woodjax.curvature.streamed_fisher import streamed_fisher
 from woodjax.curvature.sums import add_microbatch, layout_of
+from woodjax.door import checked
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel
@@ -41,6 +42,7 @@ class Estimate(NamedTuple):
     window_size: int = 0  # columns held at once where gradients are streamed, else 0
 
 
+@checked
 @on_any_axes
 def estimate(
     gradients: Gradients | GradientStream,
@@ -80,6 +82,7 @@ def estimate(
         >>> wj.estimate(gradients).engine, round(wj.estimate(gradients).peak_bytes / 1e9, 1)
         ('factored', 1.1)
     """
+    check_damping(damping)
     layout, chosen = _choose(gradients, block_size, engine, select, batch_axes)
     streamed = isinstance(gradients, GradientStream)
     m = gradients.num_rows if streamed else jnp.shape(jax.tree.leaves(gradients)[0])[0]
@@ -96,6 +99,7 @@ def estimate(
     )
 
 
+@checked
 @on_any_axes
 def empirical_fisher(
     gradients: Gradients | GradientStream,

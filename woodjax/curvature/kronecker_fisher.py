@@ -34,6 +34,7 @@ from woodjax.curvature._dense_layers import (
 )
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, count_raised, resolve_damping, split_damping
 from woodjax.curvature.protocol import compiled
+from woodjax.door import checked_but
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
@@ -96,6 +97,7 @@ class KroneckerFisher(DenseLayers):
         return self._tree([_joint_step(*leaf) for leaf in leaves])
 
 
+@checked_but("stream")
 @on_any_axes
 def kronecker_fisher(
     stream: GradientStream, *, damping: Damping = ONE_PERCENT, select: Select = is_kernel

@@ -27,6 +27,7 @@ from woodjax.curvature._dense_layers import (
 )
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, count_raised, resolve_damping, split_damping
 from woodjax.curvature.protocol import compiled
+from woodjax.door import checked_but
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
@@ -88,6 +89,7 @@ def _unit_step(inverse: Float[Array, "in in"], unit: tuple[Array, ...]) -> Float
     return linalg.joint_step_inverse(inverse, *unit)
 
 
+@checked_but("stream")
 @on_any_axes
 def layer_input_hessian(
     stream: GradientStream, *, damping: Damping = ONE_PERCENT, select: Select = is_kernel

@@ -13,12 +13,14 @@ from woodjax.curvature.damping import (
 from woodjax.curvature.gradient_rows import GradientRows
 from woodjax.curvature.low_rank import LowRankFisher, factored
 from woodjax.curvature.sums import accumulate, layout_of
+from woodjax.door import checked
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
 from woodjax.typing import Gradients, Select
 
 
+@checked
 @on_any_axes
 def low_rank_fisher(
     gradients: Gradients | GradientStream,

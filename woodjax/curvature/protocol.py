@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
+from woodjax.door import checked
 from woodjax.placement import ShardedLayout, on_any_axes
 from woodjax.tree import Layout, check_like
 from woodjax.typing import Groups, Masks, Params, Updates
@@ -182,6 +183,7 @@ class CoupledCurvature(GroupCurvature, Protocol):
         ...
 
 
+@checked
 @on_any_axes
 def predicted_loss_change(updates: Updates, curvature: Curvature, gradient: Params | None = None) -> Float[Array, ""]:
     """Loss change that the quadratic model predicts for an update: `ḡᵀδ + ½δᵀHδ`.

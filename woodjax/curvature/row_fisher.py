@@ -23,6 +23,7 @@ from woodjax import linalg
 from woodjax.curvature._blocked import INVERSION_BYTES, Grouped, after, map_chunks
 from woodjax.curvature.damping import ONE_PERCENT, Damping, Rule, count_raised, resolve_damping, split_damping
 from woodjax.curvature.protocol import compiled
+from woodjax.door import checked_but
 from woodjax.placement import on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.taps import Tap, TapRow, dense_leaves
@@ -101,6 +102,7 @@ class RowFisher(Grouped):
         return jax.tree.unflatten(self.layout.treedef, leaves)
 
 
+@checked_but("stream")
 @on_any_axes
 def row_fisher(stream: GradientStream, *, damping: Damping = ONE_PERCENT, select: Select = is_kernel) -> RowFisher:
     """Inverse empirical Fisher with one block for each output unit of each layer.

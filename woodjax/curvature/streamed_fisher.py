@@ -30,6 +30,7 @@ from woodjax.curvature.damping import (
 )
 from woodjax.curvature.diagonal_fisher import DiagonalSums
 from woodjax.curvature.sums import accumulate, layout_of
+from woodjax.door import checked_but
 from woodjax.placement import Microbatches, on_any_axes
 from woodjax.stream import GradientStream
 from woodjax.tree import Layout, is_kernel, wide_dtype
@@ -103,6 +104,7 @@ class StreamedFisher:
         return self.layout.to_tree(flat[None], fill=0)
 
 
+@checked_but("stream")
 @on_any_axes
 def streamed_fisher(
     stream: GradientStream,

@@ -8,10 +8,12 @@ import numpy as np
 from jaxtyping import Array
 
 from woodjax.deployment._host import to_host
+from woodjax.door import checked
 from woodjax.tree import check_bool, check_like, path_name
 from woodjax.typing import Masks, Params, PyTree
 
 
+@checked
 def to_bcoo(params: Params, masks: Masks) -> PyTree:
     """Pruned matrices as `BCOO`; other leaves stay dense, zero where they are pruned.
 
@@ -61,6 +63,7 @@ def to_bcoo(params: Params, masks: Masks) -> PyTree:
     return jax.tree_util.tree_map_with_path(convert, params, masks)
 
 
+@checked
 def from_bcoo(tree: PyTree) -> Params:
     """Dense leaves again, in and out of `jit`.
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from woodjax.deployment._host import named_leaves, nested, to_host
+from woodjax.door import checked
 from woodjax.tree import check_bool
 from woodjax.typing import Masks, PyTree
 
@@ -41,6 +42,7 @@ DTYPES = {
 }
 
 
+@checked
 def save_arrays(path: str | PathLike[str], tree: PyTree, *, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a pytree of arrays to one safetensors file.
 
@@ -105,6 +107,7 @@ def save_arrays(path: str | PathLike[str], tree: PyTree, *, metadata: Mapping[st
         part.unlink(missing_ok=True)
 
 
+@checked
 def load_arrays(path: str | PathLike[str], *, like: PyTree | None = None) -> tuple[PyTree, dict[str, Any]]:
     """Read a safetensors file.
 
@@ -155,6 +158,7 @@ def load_arrays(path: str | PathLike[str], *, like: PyTree | None = None) -> tup
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in names]), metadata
 
 
+@checked
 def save_masks(path: str | PathLike[str], masks: Masks) -> None:
     """Write masks to a safetensors file, eight to a byte.
 
@@ -182,6 +186,7 @@ def save_masks(path: str | PathLike[str], masks: Masks) -> None:
     save_arrays(path, packed, metadata={SHAPES: {name: mask.shape for name, mask in arrays.items()}})
 
 
+@checked
 def load_masks(path: str | PathLike[str], *, like: PyTree | None = None) -> Masks:
     """Read masks that `save_masks` wrote.
 

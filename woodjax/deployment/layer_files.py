@@ -4,10 +4,12 @@ from os import PathLike
 from pathlib import Path
 
 from woodjax.deployment.files import load_arrays, save_arrays, save_masks
+from woodjax.door import checked
 from woodjax.layerwise.layers import LayerFn
 from woodjax.typing import Masks, Params
 
 
+@checked
 class LayerFile:
     """A layer whose parameters are in a safetensors file and go, pruned, into another.
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from woodjax.deployment._host import named_leaves, to_host
 from woodjax.deployment.files import save_arrays
+from woodjax.door import checked
 from woodjax.macs import count_macs
 from woodjax.typing import PyTree
 
@@ -64,6 +65,7 @@ class Measurements(tuple[Measurement, ...]):
         return "\n".join([*lines, self.note]) if self.note else "\n".join(lines)
 
 
+@checked
 def measure(
     variants: Mapping[str, Variant], inputs: PyTree, *, repeats: int = 30, progress: bool = False
 ) -> Measurements:

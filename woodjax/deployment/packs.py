@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from woodjax.deployment._host import to_host
+from woodjax.door import checked
 from woodjax.patterns import NM
 from woodjax.tree import check_bool, check_like, path_name
 from woodjax.typing import Masks, Params, PyTree
@@ -32,6 +33,7 @@ class PackedNM:
     """Of the kernel, from its end: the grouped one."""
 
 
+@checked
 def pack_nm(params: Params, masks: Masks, pattern: NM, *, axis: int = -2) -> PyTree:
     """Kernels under N:M masks as values and positions; other leaves stay dense, zero where they are pruned.
 
@@ -82,6 +84,7 @@ def pack_nm(params: Params, masks: Masks, pattern: NM, *, axis: int = -2) -> PyT
     return jax.tree_util.tree_map_with_path(convert, params, masks)
 
 
+@checked
 def unpack_nm(tree: PyTree) -> Params:
     """Dense leaves again, bit by bit, in and out of `jit`.
 

@@ -4,12 +4,14 @@ from os import PathLike
 from typing import Any
 
 from woodjax.deployment.files import load_arrays, save_arrays
+from woodjax.door import checked
 from woodjax.structured import ImplantedKernel, PrunePlan
 from woodjax.typing import PyTree
 
 PLAN = "plan"
 
 
+@checked
 def save_pruned(path: str | PathLike[str], variables: PyTree, plan: PrunePlan) -> None:
     """Write what a plan leaves of a network, and the plan, to a safetensors file.
 
@@ -40,6 +42,7 @@ def save_pruned(path: str | PathLike[str], variables: PyTree, plan: PrunePlan) -
     save_arrays(path, variables, metadata={PLAN: plan.to_json()})
 
 
+@checked
 def load_pruned(path: str | PathLike[str]) -> tuple[PyTree, PrunePlan]:
     """Read what `save_pruned` wrote: no class and no code of the network is in the file.
 

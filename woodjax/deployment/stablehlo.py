@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax import export
 
 from woodjax.deployment._host import named_leaves
+from woodjax.door import checked, checked_but
 from woodjax.typing import PyTree
 
 
+@checked
 def export_stablehlo(
     apply_fn: Callable[[PyTree, PyTree], PyTree],
     variables: PyTree,
@@ -88,6 +90,7 @@ def export_stablehlo(
     return bytes(exported.serialize(vjp_order=0))
 
 
+@checked_but("program")
 def load_stablehlo(program: bytes) -> Callable[[PyTree, PyTree], PyTree]:
     """Read a program that `export_stablehlo` wrote.
 

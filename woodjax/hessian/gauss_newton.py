@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from woodjax.door import checked
 from woodjax.gradients import AllClassRows, check_apply
 from woodjax.loss_rows import LossRow, batch_size
 from woodjax.placement import on_any_axes
@@ -11,6 +12,7 @@ from woodjax.tree import check_floating
 from woodjax.typing import ApplyFn, Batch, Params
 
 
+@checked
 @on_any_axes
 def gauss_newton_diagonal(
     apply_fn: ApplyFn, params: Params, inputs: Batch, *, microbatch_size: int = 16, check: bool = True

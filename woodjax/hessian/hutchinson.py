@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Int, Key
 
+from woodjax.door import checked
 from woodjax.hessian._estimate import Signs, estimate
 from woodjax.placement import on_any_axes
 from woodjax.typing import Batch, LossFn, Params
@@ -18,6 +19,7 @@ class DiagonalEstimate(NamedTuple):
     probes: Int[Array, ""]  # used
 
 
+@checked
 @on_any_axes
 def hutchinson_diagonal(
     loss_fn: LossFn,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from woodjax.door import checked
 from woodjax.hessian._loops import at_once, loop, micro_batch, zeros
 from woodjax.loss_rows import LossRow, batch_size
 from woodjax.placement import on_any_axes
@@ -13,6 +14,7 @@ from woodjax.tree import check_floating, check_like
 from woodjax.typing import Batch, LossFn, Params
 
 
+@checked
 @on_any_axes
 def hvp(loss_fn: LossFn, params: Params, batch: Batch, vector: Params, *, microbatch_size: int | None = None) -> Params:
     """Hessian-vector product `Hv` of the mean loss: the forward derivative of its gradient.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from woodjax.door import checked
 from woodjax.hessian._estimate import Signs, estimate
 from woodjax.placement import on_any_axes
 from woodjax.tree import is_kernel, make_layout
@@ -30,6 +31,7 @@ class AxisTraceEstimate(NamedTuple):
     probes: Int[Array, ""]  # used
 
 
+@checked
 @on_any_axes
 def hutchinson_trace(
     loss_fn: LossFn,
@@ -128,6 +130,7 @@ def hutchinson_trace(
     return TraceEstimate(put(means[:-1]), put(errors[:-1]), means[-1], errors[-1], moments.count)
 
 
+@checked
 @on_any_axes
 def hutchinson_axis_traces(
     loss_fn: LossFn,

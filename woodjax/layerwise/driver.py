@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from woodjax.curvature.damping import ONE_PERCENT, Damping
+from woodjax.door import checked_but
 from woodjax.layerwise.hidden import MicroBatches, check_finite, to_host
 from woodjax.layerwise.kernels import KernelView, find_kernels
 from woodjax.layerwise.layers import Hidden, LayerFn, ResidentLayer, as_partial
@@ -33,6 +34,7 @@ class LayerInfo(NamedTuple):
 OnLayer = Callable[[LayerInfo, Hidden], None]
 
 
+@checked_but("pattern")
 def prune_layers(
     layers: Sequence[ResidentLayer],
     hidden: Hidden,

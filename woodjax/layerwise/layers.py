@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from woodjax.door import checked
 from woodjax.tree import check_like
 from woodjax.typing import Masks, Params, PyTree
 
@@ -47,6 +48,7 @@ class ResidentLayer(Protocol):
         ...
 
 
+@checked
 class HostLayer:
     """A layer whose parameters are held by the host. Made by hand, one for each layer.
 

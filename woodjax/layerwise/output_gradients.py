@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float
 
+from woodjax.door import checked
 from woodjax.layerwise.hidden import MicroBatches, check_finite, to_host
 from woodjax.layerwise.kernels import find_kernels, run_recorded
 from woodjax.layerwise.layers import Hidden, LayerFn, ResidentLayer, as_partial
@@ -36,6 +37,7 @@ class OutputGradients(NamedTuple):
     microbatch_size: int  # rows are in the order of these
 
 
+@checked
 def squared_output_gradients(
     layers: Sequence[ResidentLayer],
     hidden: Hidden,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from woodjax.door import checked
 from woodjax.linalg.guards import inverse_cholesky
 from woodjax.linalg.products import contract
 
@@ -17,6 +18,7 @@ class DampedInverse(NamedTuple):
     damping: Float[Array, ""]  # as asked, or raised by powers of ten
 
 
+@checked
 @jax.jit
 def primal_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> DampedInverse:
     """Invert the damped Fisher by a Cholesky factor of `F` itself.
@@ -44,6 +46,7 @@ def primal_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | f
     return fisher_inverse(contract("mi,mj->ij", gradients, gradients) / gradients.shape[0], damping)
 
 
+@checked
 @jax.jit
 def fisher_inverse(fisher: Float[Array, "b b"], damping: Float[Array, ""] | float) -> DampedInverse:
     """Invert a Fisher that has been summed up already.
@@ -70,6 +73,7 @@ def fisher_inverse(fisher: Float[Array, "b b"], damping: Float[Array, ""] | floa
     return DampedInverse(contract("ki,kj->ij", root, root), used)
 
 
+@checked
 @jax.jit
 def joint_step_inverse(
     inverse: Float[Array, "b b"],

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from woodjax.door import checked
 from woodjax.linalg.dense import DampedInverse
 from woodjax.linalg.guards import inverse_cholesky, least_diagonal, with_diagonal
 from woodjax.linalg.products import COLUMN_WINDOW, contract, gram, leverage, total_over, window
@@ -23,6 +24,7 @@ class Whitener(NamedTuple):
     damping: Float[Array, ""]  # as asked, or raised by powers of ten
 
 
+@checked
 @jax.jit
 def whiten(matrix: Float[Array, "m m"], damping: Float[Array, ""] | float) -> Whitener:
     """Inverse Cholesky factor `L⁻¹` of `mλI + GGᵀ = LLᵀ`, from a Gram matrix.
@@ -50,6 +52,7 @@ def whiten(matrix: Float[Array, "m m"], damping: Float[Array, ""] | float) -> Wh
     return Whitener(root, used / m)
 
 
+@checked
 @jax.jit
 def whiten_gram(
     gradients: Float[Array, "m b"], damping: Float[Array, ""] | float, kept: Bool[Array, " b"] | None = None
@@ -78,6 +81,7 @@ def whiten_gram(
     return whiten(gram(gradients, kept), damping)
 
 
+@checked
 @jax.jit
 def dual_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> DampedInverse:
     """Invert the damped Fisher through the `m × m` Gram matrix.
@@ -107,6 +111,7 @@ def dual_inverse(gradients: Float[Array, "m b"], damping: Float[Array, ""] | flo
     return DampedInverse(with_diagonal(contract("mi,mj->ij", z, z) / -used, diagonal), used)
 
 
+@checked
 @jax.jit
 def dual_inverse_diagonal(gradients: Float[Array, "m b"], whitener: Whitener) -> Float[Array, " b"]:
     """Diagonal of `F⁻¹` without `F⁻¹`: `(1 − Σᵢ Z_iq²)/λ` with `Z = L⁻¹G`, a window of columns at a time.
@@ -156,6 +161,7 @@ def window_inverse_diagonal(columns: Float[Array, "m w"], whitener: Whitener) ->
     return jnp.maximum(cancelled, least_diagonal(columns, whitener.damping))
 
 
+@checked
 @partial(jax.jit, static_argnames="axes")
 def dual_solve(
     gradients: Float[Array, "m b"],
@@ -208,6 +214,7 @@ def solve_whitened(whitener: Whitener, vector: Float[Array, " m"]) -> Float[Arra
     return contract("ij,i->j", whitener.root, contract("ij,j->i", whitener.root, vector))
 
 
+@checked
 @partial(jax.jit, static_argnames="axes")
 def joint_step_gram(
     gradients: Float[Array, "m b"],
@@ -250,6 +257,7 @@ def joint_step_gram(
     return joint_steps_gram(gradients, jnp.asarray(damping)[None], weights, kept, gradient, axes=axes)[0]
 
 
+@checked
 @partial(jax.jit, static_argnames="axes")
 def joint_steps_gram(
     gradients: Float[Array, "m b"],

@@ -6,7 +6,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
-MAX_RAISES = 12  # times that a damping may be multiplied by ten
+MAX_RAISES = 40  # times that a damping may be multiplied by ten: from the smallest float32 to any matrix
 
 
 def inverse_cholesky(
@@ -32,6 +32,7 @@ def inverse_cholesky(
     if jax.default_backend() != "tpu":  # float64 is emulated there
         matrix = matrix.astype(jax.dtypes.canonicalize_dtype(jnp.float64))
     eye = jnp.eye(n, dtype=matrix.dtype)
+    finite = jnp.all(jnp.isfinite(jnp.diagonal(matrix)))  # else no ridge helps
 
     def cholesky(ridge: Array) -> Array:
         return lax.linalg.cholesky(matrix + ridge * eye, symmetrize_input=False)
@@ -43,7 +44,7 @@ def inverse_cholesky(
 
     def is_spoiled(state: tuple[Array, Array, Array]) -> Array:
         factor, used, raises = state
-        return ~is_sound(factor, used) & (raises < MAX_RAISES)
+        return ~is_sound(factor, used) & (raises < MAX_RAISES) & finite
 
     def raise_ridge(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         _, used, raises = state

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
+from woodjax.door import checked
+
 COLUMN_WINDOW = 4096  # columns of G in work at once: bounds the workspace, and fits the caches
 ROW_PANEL = 256  # rows of a symmetric or triangular product in one matrix product
 
 
+@checked
 def contract(subscripts: str, *operands: Array) -> Array:
     """Einstein sum in full precision: float32 products are float32 on every device.
 
@@ -38,6 +41,7 @@ def contract(subscripts: str, *operands: Array) -> Array:
     return jnp.einsum(subscripts, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
+@checked
 @partial(jax.jit, static_argnames="axes")
 def gram(
     gradients: Float[Array, "m b"], kept: Bool[Array, " b"] | None = None, *, axes: tuple[str, ...] = ()

@@ -8,10 +8,12 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
+from woodjax.door import checked
 from woodjax.linalg.guards import least_diagonal, with_diagonal
 from woodjax.linalg.products import contract
 
 
+@checked
 @jax.jit
 def woodbury_scan(gradients: Float[Array, "m b"], damping: Float[Array, ""] | float) -> Float[Array, "b b"]:
     """Invert the damped Fisher by one rank-1 Woodbury update per example.
@@ -46,6 +48,7 @@ def woodbury_scan(gradients: Float[Array, "m b"], damping: Float[Array, ""] | fl
     return _bounded(lax.scan(step, jnp.eye(b, dtype=dtype) / damping, gradients)[0], gradients, damping)
 
 
+@checked
 @partial(jax.jit, static_argnames="rank")
 def woodbury_scan_rank_k(
     gradients: Float[Array, "m b"], damping: Float[Array, ""] | float, *, rank: int = 32

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 
+from woodjax.door import checked
 from woodjax.scale._groups import group_size
 from woodjax.scale._hlo import Instruction, Program, parse, shape_bytes
 from woodjax.scale._loops import Known, loop_constants, trip_count
@@ -43,6 +44,7 @@ class Collective(NamedTuple):
     """Where it comes from: JAX's name of the operation, or the compiler's."""
 
 
+@checked
 def collectives(compiled: jax.stages.Compiled | str) -> tuple[Collective, ...]:
     """Every communication of a compiled program, and how often it runs.
 
@@ -74,6 +76,7 @@ def collectives(compiled: jax.stages.Compiled | str) -> tuple[Collective, ...]:
     return tuple(_collect(program, program.entry, {}))
 
 
+@checked
 def wire_bytes(collective: Collective) -> float:
     """Bytes that a device sends in all runs of a collective, in its ring form.
 
@@ -119,6 +122,7 @@ def wire_bytes(collective: Collective) -> float:
     return collective.count * collective.operand_bytes * others * (2 if collective.kind == "all-reduce" else 1)
 
 
+@checked
 def gathered_bytes(compiled: jax.stages.Compiled | str) -> int:
     """Bytes that a device receives whole from others, in all gathers and broadcasts together.
 
@@ -143,6 +147,7 @@ def gathered_bytes(compiled: jax.stages.Compiled | str) -> int:
     return sum(one.result_bytes * (one.count or 0) for one in found)
 
 
+@checked
 def largest_gather(compiled: jax.stages.Compiled | str, kinds: Sequence[str] = GATHERS) -> int:
     """The largest array that a collective puts together on a device, in any branch and any loop.
 

@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+from woodjax.door import checked
 from woodjax.scale._stages import FLOAT, Draft, by_columns, by_sums
 from woodjax.scale.collectives import Collective, wire_bytes
 from woodjax.scale.hardware import Hardware
@@ -85,6 +86,7 @@ class ScalingCost(NamedTuple):
         return self.peak_bytes <= self.hardware.memory_bytes
 
 
+@checked
 def scaling_cost(
     d: int,
     m: int,
@@ -167,6 +169,7 @@ def scaling_cost(
     return ScalingCost(sharding, hardware, stages, passes)
 
 
+@checked
 def fitting_cost(d: int, m: int, devices: int, hardware: Hardware, **options: Any) -> ScalingCost:
     """The cost with the fewest windows that fit the memory.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from woodjax.door import checked
 from woodjax.scale.costs import ScalingCost
 
 HEADER = (
@@ -10,6 +11,7 @@ HEADER = (
 )
 
 
+@checked
 def cost_table(costs: Mapping[str, ScalingCost]) -> str:
     """A Markdown table with a row for each cost.
 

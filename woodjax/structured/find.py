@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from woodjax.door import checked
 from woodjax.structured.axes import KEPT, ZERO, Axis, Place, Value
 from woodjax.structured.channels import FIXED, ChannelGroup, ChannelGroups, ConvKernel, LeafChannels, Product, Role
 from woodjax.structured.reading import Reading, Traced, read_program
@@ -36,6 +37,7 @@ def check_options(streams: Streams, unknown: Unknown) -> None:
         raise ValueError(f"unknown is {unknown!r}: choose 'error' or 'barrier'.")
 
 
+@checked
 def channel_groups(
     apply_fn: ApplyFn, variables: PyTree, inputs: Batch, *, streams: Streams = "joint", unknown: Unknown = "error"
 ) -> ChannelGroups:

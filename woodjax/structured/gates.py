@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from woodjax.door import checked
 from woodjax.loss_rows import batch_size
 from woodjax.structured.axes import Axis, Value
 from woodjax.structured.channels import ChannelGroups, ChannelScores, LeafChannels
@@ -20,6 +21,7 @@ from woodjax.structured.walk import Walk
 from woodjax.typing import ApplyFn, Batch, Params
 
 
+@checked
 def gate_channels(
     groups: ChannelGroups, apply_fn: ApplyFn, params: Params, inputs: Batch | None = None
 ) -> tuple[ApplyFn, ChannelScores]:

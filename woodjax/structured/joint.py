@@ -6,12 +6,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from woodjax import linalg
+from woodjax.door import checked
 from woodjax.gradients import all_class_gradients
 from woodjax.structured.channels import ChannelGroups, ChannelScores
 from woodjax.structured.gates import gate_channels, one_example
 from woodjax.typing import ApplyFn, Batch, Params
 
 
+@checked
 def joint_gate_scores(
     groups: ChannelGroups, apply_fn: ApplyFn, params: Params, inputs: Batch, *, microbatch_size: int = 16
 ) -> ChannelScores:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
+from woodjax.door import checked
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, Kept, stay_along, stays
 from woodjax.structured.find import Streams, Unknown, check_options
 from woodjax.structured.implants import is_implanted
@@ -223,6 +224,7 @@ def _indices(masks: Kept, group: ChannelGroup, default: bool) -> tuple[int, ...]
     return tuple(map(int, np.flatnonzero(mask)))
 
 
+@checked
 def make_plan(groups: ChannelGroups, kept: Kept, implanted: Kept | None = None) -> PrunePlan:
     """Plan what stays of every leaf, from what stays of every group.
 

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from woodjax.door import checked
 from woodjax.structured.shrunk import ShrunkNetwork
 from woodjax.typing import Batch, PyTree
 
 
+@checked
 def check_rebuilt(
     rebuilt_fn: Callable[[PyTree, Batch], Any],
     network: ShrunkNetwork,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from woodjax import linalg
+from woodjax.door import checked
 from woodjax.loss_rows import batch_size
 from woodjax.structured.channels import ChannelGroups, Kept, stay_along
 from woodjax.structured.matching import match
@@ -28,6 +29,7 @@ class InputMoments(NamedTuple):
     count: int  # examples
 
 
+@checked
 def input_moments(
     groups: ChannelGroups, apply_fn: ApplyFn, params: Params, inputs: Batch, *, microbatch_size: int = 64
 ) -> InputMoments:
@@ -83,6 +85,7 @@ def input_moments(
     return InputMoments(readers, jax.tree.map(lambda moment: moment / size, total), size)
 
 
+@checked
 def reconstruct_channels(
     groups: ChannelGroups, params: Params, kept: Kept, moments: InputMoments, *, damping: float = 1e-3
 ) -> Updates:
@@ -126,6 +129,8 @@ def reconstruct_channels(
     units = groups.kept_units(kept)
     masks = make_plan(groups, kept).masks(params)
     found = match(groups.leaves, params)
+    if lost := sorted({leaf.path for leaf in groups.leaves} - {leaf.path for leaf, _, _ in found if leaf}):
+        raise ValueError(f"params lack leaves {lost} that the groups go through: pass those of channel_groups.")
     if lost := sorted(set(moments.moments) - {path for _, path, _ in found}):
         raise ValueError(f"moments are of kernels {lost}, which params lack: take them at these parameters.")
     updates, fits = [], {}

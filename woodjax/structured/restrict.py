@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Int
 
+from woodjax.door import checked
 from woodjax.structured.channels import FIXED, ChannelGroups, stays
 from woodjax.structured.plan import PrunePlan
 
 
+@checked
 def shrink_groups(groups: ChannelGroups, plan: PrunePlan) -> ChannelGroups:
     """The channels of the network that a plan leaves, for a further round of pruning.
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from woodjax.door import checked
 from woodjax.hessian import gauss_newton_diagonal
 from woodjax.structured.channels import ChannelGroups, ChannelScores
 from woodjax.structured.gates import gate_channels, one_example
@@ -26,6 +27,7 @@ from woodjax.typing import ApplyFn, Batch, Params
 Normalization: TypeAlias = Literal["none", "mean", "l2", "max"]
 
 
+@checked
 def gate_scores(
     groups: ChannelGroups,
     apply_fn: ApplyFn,
@@ -78,6 +80,7 @@ def gate_scores(
     return jax.tree.map(lambda h: guard(0.5 * h), diagonal)
 
 
+@checked
 def hap_scores(groups: ChannelGroups, params: Params, diagonal: Params) -> ChannelScores:
     """Hessian-aware pruning: `½ tr(H_cc)/p · ‖w_c‖²` over the `p` weights by which kernels write a channel.
 
@@ -119,6 +122,7 @@ def hap_scores(groups: ChannelGroups, params: Params, diagonal: Params) -> Chann
     }
 
 
+@checked
 def taylor_channel_scores(groups: ChannelGroups, params: Params, gradient: Params) -> ChannelScores:
     """First-order Taylor: `|Σ w ḡ|` over the weights that read a channel.
 
@@ -154,6 +158,7 @@ def taylor_channel_scores(groups: ChannelGroups, params: Params, gradient: Param
     return jax.tree.map(lambda total: guard(jnp.abs(total)), reads.sums(products))
 
 
+@checked
 def normalize_scores(scores: ChannelScores, how: Normalization) -> ChannelScores:
     """Divide the scores of each group by their size, so that no group is pruned for its units alone.
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
+from woodjax.door import checked
 from woodjax.structured.channels import ChannelGroups, ChannelScores, Kept
 
 Chosen = dict[str, Bool[np.ndarray, " n"]]
@@ -19,6 +20,7 @@ class Selection(NamedTuple):
     implanted: Chosen
 
 
+@checked
 def select_channels(
     groups: ChannelGroups,
     scores: ChannelScores,
@@ -80,6 +82,8 @@ def select_channels(
             raise ValueError(f"{name} is {value}: expected a fraction between 0 and 1.")
     if not isinstance(round_to, (int, np.integer)) or round_to < 1:
         raise ValueError(f"round_to is {round_to}: expected a whole number of channels, 1 or more.")
+    if not scores:
+        raise ValueError("scores are empty: pass scores of one group at least, such as l2_channel_scores(...) makes.")
     order = _removable(groups, scores, max_ratio)
 
     def first(count: int) -> Selection:

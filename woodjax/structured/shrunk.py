@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from woodjax.door import checked
 from woodjax.structured.axes import KEPT, Place, Value, kept_axes
 from woodjax.structured.implants import is_implanted
 from woodjax.structured.matching import match
@@ -110,6 +111,7 @@ def _independent(reading: Reading, plans: Sequence[LeafPlan | None], inputs: Bat
     return found
 
 
+@checked
 def shrunk_network(
     apply_fn: Callable[[PyTree, Batch], Any], plan: PrunePlan, *, updates: bool = False
 ) -> ShrunkNetwork:

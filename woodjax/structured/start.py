@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from woodjax.door import checked
 from woodjax.linalg import contract
 from woodjax.structured.axes import Value
 from woodjax.structured.find import kernel_of
@@ -35,6 +36,7 @@ class Moments(NamedTuple):
     outputs: Float[Array, "o o"]
 
 
+@checked
 def start_implants(
     apply_fn: ApplyFn,
     variables: PyTree,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from woodjax.compensation import compensate
 from woodjax.curvature import CoupledCurvature, Curvature
+from woodjax.door import checked, checked_but
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, ChannelScores, Kept, LeafChannels
 from woodjax.structured.matching import match
 from woodjax.structured.plan import make_plan
@@ -20,6 +21,7 @@ from woodjax.tree import check_like
 from woodjax.typing import Params, Updates
 
 
+@checked_but("curvature")
 def obs_channel_scores(
     groups: ChannelGroups, params: Params, curvature: CoupledCurvature, *, gradient: Params | None = None
 ) -> ChannelScores:
@@ -101,6 +103,7 @@ def _places(pair: tuple[LeafChannels, LeafChannels] | None, group: ChannelGroup)
     return at, among(at, members(read, group), int(np.prod(whole.shape)))
 
 
+@checked
 def compensate_channels(
     groups: ChannelGroups, params: Params, kept: Kept, curvature: Curvature, *, gradient: Params | None = None
 ) -> Updates:

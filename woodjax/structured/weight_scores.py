@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from woodjax.door import checked
 from woodjax.structured.channels import ChannelGroups, ChannelScores
 from woodjax.structured.matching import match
 from woodjax.structured.scores import guard, wide
 from woodjax.typing import Params, Select
 
 
+@checked
 def l2_channel_scores(groups: ChannelGroups, params: Params, *, relative: bool = False) -> ChannelScores:
     """Length `‖w_c‖` of the weights by which kernels write a channel.
 
@@ -56,6 +58,7 @@ def is_scale(path: str, leaf: jax.ShapeDtypeStruct) -> bool:
     return path.rpartition("/")[2] == "scale"
 
 
+@checked
 def bn_scale_scores(groups: ChannelGroups, params: Params, *, select: Select = is_scale) -> ChannelScores:
     """Network slimming: mean `|γ|` of the normalisation layers behind a channel.
 
@@ -97,6 +100,7 @@ def bn_scale_scores(groups: ChannelGroups, params: Params, *, select: Select = i
     return jax.tree.map(lambda total, number: guard(total / number), totals, numbers)
 
 
+@checked
 def random_channel_scores(groups: ChannelGroups, key: Key[Array, ""]) -> ChannelScores:
     """Uniform scores in [0, 1): the control that every other score should beat.
 

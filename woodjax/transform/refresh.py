@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from woodjax.choices import FIXED
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
+from woodjax.door import checked
 from woodjax.masks import Scope
 from woodjax.one_shot import OneShotInfo, prune_one_shot
 from woodjax.placement import on_any_axes, placed_like
@@ -52,6 +53,7 @@ class RefreshOptions(TypedDict, total=False):
     check: bool
 
 
+@checked
 @on_any_axes
 def refresh(
     params: Params,
@@ -144,6 +146,7 @@ def refresh(
     return *where, info._replace(step=jnp.copy(state.count))
 
 
+@checked
 def refresh_masks(
     params: Params,
     masks: Masks,

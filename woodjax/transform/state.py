@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from woodjax.door import checked
 from woodjax.tree import check_bool, check_like, is_kernel, make_layout
 from woodjax.typing import Masks, Params, Select
 
@@ -80,6 +81,7 @@ def densities(masks: Masks) -> Float[Array, " leaves"]:
     return jnp.stack([jnp.mean(m, dtype=jnp.float32) if m.size else jnp.ones((), jnp.float32) for m in leaves])
 
 
+@checked
 def get_masks(opt_state: Any) -> Masks:
     """A copy of the masks in an optimizer state, which outlives a donated state.
 
@@ -104,6 +106,7 @@ def get_masks(opt_state: Any) -> Masks:
     return jax.tree.map(jnp.copy, find_state(opt_state).masks)
 
 
+@checked
 def get_info(opt_state: Any) -> RefreshInfo:
     """A copy of what the last refresh did, which outlives a donated state.
 
@@ -128,6 +131,7 @@ def get_info(opt_state: Any) -> RefreshInfo:
     return jax.tree.map(jnp.copy, find_state(opt_state).info)
 
 
+@checked
 def set_masks(opt_state: OptState, masks: Masks) -> OptState:
     """The optimizer state with other masks, and no moments for what they prune.
 
@@ -162,6 +166,7 @@ def set_masks(opt_state: OptState, masks: Masks) -> OptState:
     return clean_moments(replace_state(opt_state, lambda state: state._replace(masks=masks)), masks)
 
 
+@checked
 def masks_from_params(params: Params, *, select: Select = is_kernel) -> Masks:
     """Masks of a sparse checkpoint: what is exactly zero in the prunable leaves is pruned.
 
@@ -196,6 +201,7 @@ def masks_from_params(params: Params, *, select: Select = is_kernel) -> Masks:
     return jax.tree.unflatten(layout.treedef, masks)
 
 
+@checked
 def find_state(opt_state: Any) -> PruneState:
     """The one `PruneState` in an optimizer state.
 

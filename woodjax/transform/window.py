@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from woodjax.curvature import low_rank_fisher
+from woodjax.door import checked
 from woodjax.stages import CurvatureFn
 from woodjax.tree import is_kernel, path_name
 from woodjax.typing import Gradients, Params, PyTree, Select
@@ -171,6 +172,7 @@ class GradientWindow:
         return [jnp.where(used.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0) for rows in wide], used
 
 
+@checked
 def gradient_window(
     size: int,
     *,

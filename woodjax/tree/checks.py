@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from woodjax.door import checked
 from woodjax.tree.names import path_name
 from woodjax.typing import Masks, PyTree
 
@@ -75,6 +76,7 @@ def check_bool(masks: PyTree, name: str) -> None:
             )
 
 
+@checked
 def apply_masks(tree: PyTree, masks: Masks) -> PyTree:
     """Set pruned coordinates to zero: `where(mask, x, 0)`, also where `x` is not finite.
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from woodjax.door import checked
 from woodjax.tree.checks import check_floating
 from woodjax.tree.names import is_kernel, path_name
 from woodjax.typing import PyTree, Select
@@ -270,6 +271,7 @@ class Layout:
         return leaves
 
 
+@checked
 def make_layout(
     params: PyTree,
     *,

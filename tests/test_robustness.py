@@ -1,0 +1,85 @@
+"""No public function lets a bad argument through: it answers rightly, or says what is wrong."""
+
+import collections
+import inspect
+import random
+
+import jax
+import jax.numpy as jnp
+import pytest
+import robustness_calls as robustness
+import robustness_cases as cases
+
+import woodjax as wj
+from woodjax.door import checked
+
+SAMPLE = 25  # of the calls that compile, drawn by a seed; benchmarks/robustness.py makes them all
+pytestmark = pytest.mark.newest
+
+
+def test_every_public_function_has_a_case():
+    """A new one without a valid call to spoil, or a parameter that a valid call misnames, fails here."""
+    found = {name for name in wj.__all__ if callable(getattr(wj, name))}
+    assert found - set(cases.CASES) - cases.MADE_BY_FUNCTIONS == {"fail_together"}  # it takes nothing
+    for name in cases.CASES:
+        function, arguments = cases.call_of(name)
+        inspect.signature(function).bind_partial(**{key: arguments[key] for key in arguments if key != "operands"})
+
+
+@pytest.mark.parametrize("name", sorted(set(cases.CASES) - set(robustness.ONLY_VALID)))
+def test_a_bad_argument_is_refused(name):
+    """What must be refused is refused, by woodjax and not from inside JAX; nothing is computed."""
+    outcomes = {
+        (spoiled.argument, spoiled.mutation): robustness.run(spoiled)
+        for spoiled in robustness.spoiled_calls(name)
+        if spoiled.expected == "refuse"
+    }
+    assert {key: outcome for key, outcome in outcomes.items() if outcome.kind == "defect"} == {}
+
+
+def test_a_strange_argument_gives_the_right_answer_or_an_error():
+    """A sample of those that may be answered: dtypes, NaN, sparsity 0 and 1, huge and tiny numbers."""
+    calls = [s for name in cases.CASES for s in robustness.spoiled_calls(name) if s.expected != "refuse"]
+    drawn = random.Random(0).sample(calls, SAMPLE)
+    outcomes = {(s.function, s.argument, s.mutation): robustness.run(s) for s in drawn}
+    assert {key: outcome for key, outcome in outcomes.items() if outcome.kind == "defect"} == {}
+
+
+def test_an_error_names_the_argument_and_the_leaf():
+    """Kind of the argument, axes that disagree, and a leaf that is no array."""
+    with pytest.raises(ValueError, match="curvature is None: pass a Curvature"):
+        wj.obs_scores(cases.params(), None)
+    with pytest.raises(ValueError, match=r"vector has shape \(2,\), expected \[b\] with b = 3 as in gradients"):
+        wj.dual_solve(jnp.ones((4, 3)), wj.whiten_gram(jnp.ones((4, 3)), 0.1), jnp.ones(2))
+    with pytest.raises(ValueError, match="leaf 'a/kernel' of params is 'text': pass a tree of arrays"):
+        wj.magnitude_scores({"a": {"kernel": "text"}})
+    with pytest.raises(ValueError, match="key is 3: pass a key such as"):
+        wj.random_scores(None, cases.params(), cases.batch(), 3)
+
+
+def test_checks_do_not_stand_in_the_way_of_jit():
+    """Tracers pass, and a call that differs in numbers alone compiles nothing anew."""
+    traces = collections.Counter()
+
+    @jax.jit
+    def inverse(gradients, damping):
+        traces["inverse"] += 1
+        return wj.woodbury_scan(gradients, damping)
+
+    for damping in (0.1, 0.2):
+        found = inverse(jnp.array([[2.0]]), damping)
+        assert jnp.allclose(found, 1 / (damping + 4))
+    assert traces["inverse"] == 1
+
+
+def test_a_checked_function_keeps_its_name_and_signature():
+    def scale(x: float, times: int = 2) -> float:
+        """Scale."""
+        return x * times
+
+    guarded = checked(scale)
+    assert (guarded.__name__, guarded.__doc__) == ("scale", "Scale.")
+    assert inspect.signature(guarded) == inspect.signature(scale)
+    assert guarded(1.5, times=3) == 4.5
+    with pytest.raises(ValueError, match=r"times is 2\.5: pass an integer"):
+        guarded(1.5, 2.5)
