@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from woodjax.tree import path_name
 from woodjax.typing import Masks, Params
 
-__all__ = ["Report", "Result", "environment", "leaf_density", "save_arrays"]
+__all__ = ["Result", "Run", "environment", "leaf_density", "save_arrays"]
 
 
 @dataclass(frozen=True)
