@@ -7,7 +7,7 @@ ARGS ?=
 # XLA's Cholesky on CPU is OpenBLAS's: its spinning threads would keep the cores from XLA's own.
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: demo test unit lint types floors clean
+.PHONY: demo test unit lint types floors notebooks clean
 
 demo: $(VENV)/.ready
 	$(BIN)/woodjax prune --out demo $(ARGS)
@@ -27,6 +27,10 @@ types: $(VENV)/.ready
 
 floors: $(VENV)/.ready
 	$(BIN)/lint-imports
+
+# Every notebook at small sizes; writes nothing. `python notebooks/execute.py` writes outputs of full runs.
+notebooks: $(VENV)/.ready
+	$(BIN)/python notebooks/execute.py --small --check
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
