@@ -162,8 +162,9 @@ print(f"score {float(first[q]):.6f}, predicted change of the loss {predicted:.6f
 assert np.isclose(predicted, float(first[q]), rtol=1e-2)
 
 # %% [markdown]
-# What does each score think of a pixel? The first kernel has one row of weights for each pixel of the input. The gradient
-# at a weight is the pixel times something: where pixels hardly vary, the Fisher sees that their weights do little.
+# What does each score think of a pixel? The first kernel has one row of weights for each pixel of the input. The
+# gradient at a weight is the pixel times something: where pixels hardly vary, the Fisher sees that their weights do
+# little.
 
 
 # %%
@@ -210,8 +211,8 @@ assert abs(float(wj.mask_sparsity(masks, scores)) - SPARSITY) < 1e-4
 # ## 6. Updates
 #
 # With the mask fixed, the survivors move. `"sum"` adds up the moves for each removed weight by itself, as WoodFisher
-# does; `"joint"` solves for all of them at once, which is the minimum of the quadratic model in each block. Both give exactly
-# $-w$ on the weights that go, so that they end at zero.
+# does; `"joint"` solves for all of them at once, which is the minimum of the quadratic model in each block. Both give
+# exactly $-w$ on the weights that go, so that they end at zero.
 
 
 # %%
