@@ -237,9 +237,8 @@ one_step = {
     "WoodFisher, sum": measure(wj.compensate(dense, masks, fisher, method="sum")),
     "WoodFisher, joint": measure(wj.compensate(dense, masks, fisher, method="joint")),
 }
-print(
-    f"{f'{100 * SPARSITY:g} % pruned':24} predicted change   measured change   test accuracy   (dense {100 * dense_accuracy:.2f} %)"
-)
+print(f"dense {100 * dense_accuracy:.2f} %; {100 * SPARSITY:g} % pruned:")
+print(f"{'':24} predicted change   measured change   test accuracy")
 for name, row in one_step.items():
     print(f"{name:24} {row['predicted']:16.3f} {row['measured']:17.3f} {100 * row['accuracy']:13.2f} %")
 assert one_step["WoodFisher, joint"]["predicted"] <= one_step["WoodFisher, sum"]["predicted"]

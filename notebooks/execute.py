@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jupytext
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 from rich.progress import Progress
 
@@ -60,10 +60,12 @@ def execute(name: str, bars: Progress) -> NotebookNode:
         )
         try:
             client.execute()
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        except (CellExecutionError, CellTimeoutError, RuntimeError, AssertionError) as error:  # the last: a dead kernel
             number = int(bars.tasks[task].completed)
             first = notebook.cells[number].source.splitlines()[0]
-            raise NotebookError(f"{name}.py failed in cell {number}, which begins `{first}`:\n{error}") from error
+            raise NotebookError(
+                f"{name}.py failed in cell {number}, which begins `{first}`:\n{str(error) or repr(error)}"
+            ) from error
     bars.update(task, completed=len(notebook.cells))
     # The kernel's own version is no part of the notebook: another patch release would be a change of every file.
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
