@@ -3,10 +3,10 @@
 #
 # [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/woodjax/woodjax/blob/main/notebooks/3_at_init.ipynb)
 #
-# Seven criteria choose which weights of an untrained convolutional network stay. You will see what each leaves of every
-# layer, find the ones that cut the network in two, train under the masks, and then ask with a control whether it was
-# the choice of weights that helped or only how many each layer kept. On the way: why batch normalisation needs a
-# warm-up.
+# Seven criteria (four with `WOODJAX_SMALL=1`) choose which weights of an untrained convolutional network stay. You will
+# see what each leaves of every layer, find the ones that cut the network in two, train under the masks, and then ask
+# with a control whether it was the choice of weights that helped or only how many each layer kept. On the way: why
+# batch normalisation needs a warm-up.
 #
 # Runtime on two CPU cores: about three minutes in full, half a minute with `WOODJAX_SMALL=1`. Data: MNIST (a folder of
 # TFDS data sets, named by `WOODJAX_DATA_DIR`), elsewhere the embedded 8×8 digits.
@@ -45,8 +45,11 @@ print(f"{jax.devices()[0].device_kind} × {jax.device_count()}, jax {jax.__versi
 SEED = 0
 SPARSITY = 0.98  # of the masks that are looked at
 LEVELS = (0.98,) if SMALL else (0.9, 0.98)  # of those that are trained
-CRITERIA = ("random", "magnitude", "snip", "grasp", "synflow", "fisher-diagonal", "hutchinson-diagonal")
-CONTROLLED = ("snip", "synflow")
+CRITERIA = ("random", "magnitude", "snip", "synflow", "fisher-diagonal", "grasp", "hutchinson-diagonal")
+CONTROLLED = ("snip", "synflow")  # also trained with shuffled masks
+DEPTH = 5
+if SMALL:
+    CRITERIA, CONTROLLED, DEPTH = CRITERIA[:4], CONTROLLED[1:], 3
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 
 try:
@@ -57,7 +60,7 @@ try:
 except (ValueError, FileNotFoundError, ImportError):
     print("The embedded 8×8 digits. For MNIST set WOODJAX_DATA_DIR to a folder of TFDS data sets, and WOODJAX_SMALL=0.")
     data = load_dataset("digits")
-epochs, batch_size = (2, 64) if data.name == "mnist" else (6, 64)
+epochs, batch_size = (2, 64) if data.name == "mnist" else (8, 32)
 
 # %% [markdown]
 # ## A network of your own
@@ -67,21 +70,27 @@ epochs, batch_size = (2, 64) if data.name == "mnist" else (6, 64)
 
 # %%
 class Net(nnx.Module):
-    """Five convolutions with batch normalisation, and a classifier."""
+    """Convolutions with batch normalisation, and a classifier."""
 
     def __init__(self, rngs):
-        widths, strides = (1, 16, 32, 32, 64, 64), (1 if data.name == "digits" else 2, 1, 2, 1, 2)
-        self.convs, self.norms = nnx.List(), nnx.List()
-        for i, stride in enumerate(strides):
+        widths = (1, 16, 32, 32, 64, 64)
+        for i in range(DEPTH):
+            stride = 2 if i % 2 == 0 else 1
             conv = nnx.Conv(widths[i], widths[i + 1], (3, 3), strides=stride, use_bias=False, rngs=rngs)
-            self.convs.append(conv)
-            self.norms.append(nnx.BatchNorm(widths[i + 1], rngs=rngs))
-        self.head = nnx.Linear(widths[-1], 10, rngs=rngs)
+            setattr(self, f"conv{i + 1}", conv)
+            setattr(self, f"norm{i + 1}", nnx.BatchNorm(widths[i + 1], rngs=rngs))
+        self.head = nnx.Linear(widths[DEPTH], 10, rngs=rngs)
+
+    def before_relu(self, x):
+        """What each convolution hands to its ReLU."""
+        signals = []
+        for i in range(1, DEPTH + 1):
+            signals.append(getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(x)))
+            x = nnx.relu(signals[-1])
+        return signals
 
     def __call__(self, x):
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.relu(norm(conv(x)))
-        return self.head(x.mean((1, 2)))
+        return self.head(nnx.relu(self.before_relu(x)[-1]).mean((1, 2)))
 
 
 def new_model():
@@ -111,22 +120,17 @@ bridge.warm_up_batch_stats(warm, [data.train_inputs[order[i : i + 400]] for i in
 
 def signal(model):
     """Standard deviation of what each convolution hands to its ReLU."""
-    x, sizes = batch[0], []
-    for conv, norm in zip(model.convs, model.norms, strict=True):
-        x = norm(conv(x))
-        sizes.append(float(x.std()))
-        x = nnx.relu(x)
-    return sizes
+    return [float(x.std()) for x in model.before_relu(batch[0])]
 
 
 figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
 for name, model, color in (("statistics as they begin", cold, "#56b4e9"), ("after the warm-up", warm, "#d55e00")):
-    axis.plot(range(1, 6), signal(model), color=color, marker="o", markersize=4, label=name)
-axis.set(yscale="log", xticks=range(1, 6), xlabel="convolution", ylabel="standard deviation before the ReLU")
+    axis.plot(range(1, DEPTH + 1), signal(model), color=color, marker="o", markersize=4, label=name)
+axis.set(yscale="log", xticks=range(1, DEPTH + 1), xlabel="convolution", ylabel="standard deviation before the ReLU")
 axis.legend()
 plt.show()
 assert all(0.5 < size < 2 for size in signal(warm))  # normalised to 1 over the data, so about 1 over a hundred images
-assert signal(cold)[-1] < 0.5 * signal(warm)[-1]
+assert signal(cold)[-1] < 0.5 * signal(warm)[-1]  # it fades
 
 # %% [markdown]
 # ## What each criterion leaves of each layer
@@ -152,7 +156,7 @@ found = {criterion: masks_of(criterion, SPARSITY, warm_fn) for criterion in CRIT
 layers = list(found["random"][1].density)
 sizes = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
 print(f"{len(layers)} kernels, {sum(sizes):,} prunable weights, {100 * SPARSITY:g} % of them pruned")
-assert len(layers) == 5
+assert len(layers) == DEPTH
 
 # %% [markdown]
 # A kernel that keeps nothing **collapses** the network: no signal passes. Less visible are weights that are kept and
@@ -161,7 +165,9 @@ assert len(layers) == 5
 
 # %%
 TITLES = {criterion: wj.INIT_CRITERIA[criterion].title for criterion in CRITERIA}
-COLORS = dict(zip(CRITERIA, ("#888888", "#000000", "#e69f00", "#cc79a7", "#009e73", "#56b4e9", "#d55e00"), strict=True))
+COLORS = dict(
+    zip(CRITERIA, ("#888888", "#000000", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#d55e00"), strict=False)
+)
 
 effective = {}
 for criterion, (masks, _) in found.items():
@@ -171,9 +177,9 @@ for criterion, (masks, _) in found.items():
 figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained", width_ratios=(3, 2))
 for criterion, (_, report) in found.items():
     density = [100 * float(report.density[layer]) for layer in layers]
-    left.plot(range(1, 6), density, color=COLORS[criterion], marker="o", markersize=4, label=TITLES[criterion])
+    left.plot(range(1, DEPTH + 1), density, color=COLORS[criterion], marker="o", markersize=4, label=TITLES[criterion])
 left.set_yscale("symlog", linthresh=0.1)
-left.set(xticks=range(1, 6), xlabel="convolution", ylabel="weights kept, % (0 = collapsed)", ylim=(0, 110))
+left.set(xticks=range(1, DEPTH + 1), xlabel="convolution", ylabel="weights kept, % (0 = collapsed)", ylim=(0, 110))
 left.set_yticks([0, 0.1, 1, 10, 100], ["0", "0.1", "1", "10", "100"])
 left.set_title(f"layer densities at {100 * SPARSITY:g} %")
 left.legend(fontsize=8, ncols=2)
@@ -197,7 +203,7 @@ assert int(found["synflow"][1].collapsed) == 0
 # And the warm-up? The same criteria with statistics as they begin, in numbers: lowest density of a layer.
 
 # %%
-for criterion in ("snip", "grasp", "fisher-diagonal", "hutchinson-diagonal"):
+for criterion in (c for c in CRITERIA if c != "random" and wj.INIT_CRITERIA[c].data):
     lowest = [float(r.lowest_density) for r in (masks_of(criterion, SPARSITY, cold_fn)[1], found[criterion][1])]
     print(f"{TITLES[criterion]:20} before the warm-up {100 * lowest[0]:6.2f} %, after it {100 * lowest[1]:6.2f} %")
 
