@@ -118,19 +118,24 @@ cold, warm = new_model(), new_model()
 bridge.warm_up_batch_stats(warm, [data.train_inputs[order[i : i + 400]] for i in range(0, 1200, 400)])
 
 
+@nnx.jit
 def signal(model):
     """Standard deviation of what each convolution hands to its ReLU."""
-    return [float(x.std()) for x in model.before_relu(batch[0])]
+    return jnp.stack([x.std() for x in model.before_relu(batch[0])])
 
 
+sizes = {}
 figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
 for name, model, color in (("statistics as they begin", cold, "#56b4e9"), ("after the warm-up", warm, "#d55e00")):
-    axis.plot(range(1, DEPTH + 1), signal(model), color=color, marker="o", markersize=4, label=name)
+    sizes[name] = np.asarray(signal(model))
+    axis.plot(range(1, DEPTH + 1), sizes[name], color=color, marker="o", markersize=4, label=name)
 axis.set(yscale="log", xticks=range(1, DEPTH + 1), xlabel="convolution", ylabel="standard deviation before the ReLU")
 axis.legend()
 plt.show()
-assert all(0.5 < size < 2 for size in signal(warm))  # normalised to 1 over the data, so about 1 over a hundred images
-assert signal(cold)[-1] < 0.5 * signal(warm)[-1]  # it fades
+assert all(
+    0.5 < size < 2 for size in sizes["after the warm-up"]
+)  # normalised to 1 over the data, so about 1 over a hundred images
+assert sizes["statistics as they begin"][-1] < 0.5 * sizes["after the warm-up"][-1]  # it fades
 
 # %% [markdown]
 # ## What each criterion leaves of each layer
@@ -154,8 +159,8 @@ def masks_of(criterion, sparsity, apply_fn):
 
 found = {criterion: masks_of(criterion, SPARSITY, warm_fn) for criterion in CRITERIA}
 layers = list(found["random"][1].density)
-sizes = [leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 4]
-print(f"{len(layers)} kernels, {sum(sizes):,} prunable weights, {100 * SPARSITY:g} % of them pruned")
+prunable = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 4)
+print(f"{len(layers)} kernels, {prunable:,} prunable weights, {100 * SPARSITY:g} % of them pruned")
 assert len(layers) == DEPTH
 
 # %% [markdown]
