@@ -62,7 +62,7 @@ if data.name == "mnist":
 else:
     make_model, batch_size, examples, target = digits_mlp, 64, 256, 0.9
     begin, every, prunings, tune = 200, 20, 8, 100
-end = begin + every * (prunings - 1)
+end = begin + every * prunings  # at `begin` itself nothing is pruned yet
 steps = end + tune
 test = jnp.asarray(data.test_inputs[:2000]), jnp.asarray(data.test_labels[:2000])
 
@@ -177,7 +177,7 @@ plt.show()
 
 # %%
 fisher, magnitude = runs["Fisher"], runs["magnitude"]
-assert np.array_equal(fisher.losses[: begin + 1], magnitude.losses[: begin + 1])
+assert np.array_equal(fisher.losses[: due[0] + 1], magnitude.losses[: due[0] + 1])
 falls = {name: np.array([before - after for _, before, after in run.prunings]) for name, run in runs.items()}
 assert falls["Fisher"].mean() < falls["magnitude"].mean()
 assert fisher.points[-1][2] > magnitude.points[-1][2] - 0.02
@@ -186,7 +186,7 @@ for run in runs.values():
     _, params = bridge.functional(run.model)
     kernels = [(params[layer]["kernel"], masks[layer]["kernel"]) for layer in masks]
     pruned = sum(int((~mask).sum()) for _, mask in kernels)
-    assert pruned == wj.prune_count(sum(mask.size for _, mask in kernels), target)
+    assert pruned == int(wj.prune_count(target, sum(mask.size for _, mask in kernels)))
     assert all(bool((kernel[~mask] == 0).all()) for kernel, mask in kernels)
 
 # %% [markdown]

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 FOLDER = Path(__file__).parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-TIMEOUT = 900  # seconds for a cell
+TIMEOUT = 3600  # seconds for a cell; a busy machine takes long
 
 
 class NotebookError(Exception):
