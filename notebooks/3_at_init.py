@@ -47,20 +47,21 @@ SPARSITY = 0.98  # of the masks that are looked at
 LEVELS = (0.98,) if SMALL else (0.9, 0.98)  # of those that are trained
 CRITERIA = ("random", "magnitude", "snip", "synflow", "fisher-diagonal", "grasp", "hutchinson-diagonal")
 CONTROLLED = ("snip", "synflow")  # also trained with shuffled masks
-DEPTH = 5
+DEPTH = 5  # convolutions
+ROUNDS = 100  # of SynFlow
 if SMALL:
-    CRITERIA, CONTROLLED, DEPTH = CRITERIA[:4], CONTROLLED[1:], 3
+    CRITERIA, CONTROLLED, DEPTH, ROUNDS = CRITERIA[:4], CONTROLLED[1:], 3, 20
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3})
 
 try:
     if SMALL:
         raise FileNotFoundError
     data = load_dataset("mnist")
-    data = data._replace(train_inputs=data.train_inputs[:12_800], train_labels=data.train_labels[:12_800])
+    data = data._replace(train_inputs=data.train_inputs[:6400], train_labels=data.train_labels[:6400])
 except (ValueError, FileNotFoundError, ImportError):
     print("The embedded 8×8 digits. For MNIST set WOODJAX_DATA_DIR to a folder of TFDS data sets, and WOODJAX_SMALL=0.")
     data = load_dataset("digits")
-epochs, batch_size = (2, 64) if data.name == "mnist" else (8, 32)
+epochs, batch_size = (2 if data.name == "mnist" else 4 if SMALL else 10), 32
 
 # %% [markdown]
 # ## A network of your own
@@ -153,7 +154,8 @@ def masks_of(criterion, sparsity, apply_fn):
     """Masks and the report on them."""
     function = apply_fn if wj.INIT_CRITERIA[criterion].data else cold_fn
     key = jax.random.key(SEED)
-    masks, info = wj.prune_at_init(function, params, batch, sparsity, key, criterion=criterion, select=select)
+    options = {"criterion": criterion, "rounds": min(wj.INIT_CRITERIA[criterion].rounds, ROUNDS), "select": select}
+    masks, info = wj.prune_at_init(function, params, batch, sparsity, key, **options)
     return masks, info.report
 
 

@@ -83,8 +83,6 @@ def main() -> int:
     if unknown := sorted(set(chosen) - set(names())):
         options.error(f"no notebook {', '.join(unknown)}: choose of {', '.join(names())}")
     os.environ["WOODJAX_SMALL"] = str(int(args.small))
-    if args.small:  # most of the time is compiling, as in the tests
-        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     with Progress() as bars:
         for name in chosen:
             start = time.perf_counter()
