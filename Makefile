@@ -38,6 +38,14 @@ docs: $(VENV)/.ready
 release: $(VENV)/.ready
 	.ci/release $(BIN)/python
 
+# Every notebook at small sizes; writes nothing. `python notebooks/execute.py` writes outputs of full runs.
+notebooks: $(VENV)/.ready
+	$(BIN)/python notebooks/execute.py --small --check
+
+# Accuracies at small size against those of benchmarks/expected.json.
+regression: $(VENV)/.ready
+	$(BIN)/python benchmarks check
+
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
