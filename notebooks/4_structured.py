@@ -54,10 +54,10 @@ print(f"{device.device_kind} × {jax.device_count()}, jax {jax.__version__}, {'s
 
 # %%
 SEED = 0
-RATIOS = (0.2, 0.4) if SMALL else (0.1, 0.2, 0.3, 0.4, 0.5)
-SCORE_IMAGES = 64 if SMALL else 128
-TUNE_IMAGES, TUNE_EPOCHS, BATCH = (1344, 2, 64) if SMALL else (1920, 2, 64)
-REPEATS = 10 if SMALL else 30
+RATIOS = (0.2, 0.4) if SMALL else (0.1, 0.2, 0.3, 0.4)
+SCORE_IMAGES = 64
+TUNE_IMAGES, TUNE_EPOCHS, BATCH = (1280, 2, 64)
+REPEATS = 10 if SMALL else 15
 
 # %% [markdown]
 # ## A trained network
@@ -187,7 +187,7 @@ plt.show()
 #
 # Half of the multiply-adds, over all groups, residual streams too. The count is exact, made from the program. Beside it
 # the same number of *parameters* with implants: of what goes, the most sensitive 30 % leave a convolution of one
-# place in the stead of 3×3, a ninth of the cost, so that their channel stays for everybody else (HAP's neural implants).
+# place in the stead of 3×3, a ninth of the cost, and their channel stays for everybody else (HAP's neural implants).
 
 # %%
 gates = scores["gates, Gauss–Newton"]
@@ -300,8 +300,8 @@ for name, value in after.items():
 #
 # `measure` compiles every network and lets them take turns call by call, so that whatever else the machine does hits
 # all. The dense network stands in twice: the difference between the two is the noise. A *masked* network has as many
-# multiply-adds as the dense one. Multiply-adds are not seconds: narrow convolutions use a machine badly, and implants add
-# convolutions and a permutation. Only the device that counts says what is gained.
+# multiply-adds as the dense one. Multiply-adds are not seconds: narrow convolutions use a machine badly, and implants
+# add convolutions and a permutation. Only the device that counts says what is gained.
 
 # %%
 measured = wj.measure(
@@ -349,8 +349,8 @@ again = jax.jit(wj.shrunk_network(apply_fn, plan))
 assert accuracy(again, loaded) == after["shrunk, readers refitted"]
 
 # %% [markdown]
-# **Try next.** `round_to=8` in `select_channels` for widths that a device likes; `cost=(seconds, 0.02)` with a latency that
-# you measured as the budget; `obs_channel_scores` and `compensate_channels`, which move all survivors by the curvature
-# of the whole network; `start_implants(..., rank=4)`; a network of your own: the groups are found in whatever JAX program you
-# hand over. [Structured pruning](../docs/structured.md) has all of it with its limits, and
+# **Try next.** `round_to=8` in `select_channels` for widths that a device likes; `cost=(seconds, 0.02)` with a latency
+# that you measured as the budget; `obs_channel_scores` and `compensate_channels`, which move all survivors by the
+# curvature of the whole network; `start_implants(..., rank=4)`; a network of your own: the groups are found in whatever
+# JAX program you hand over. [Structured pruning](../docs/structured.md) has all of it with its limits, and
 # [deployment](../docs/deployment.md) what comes after.
