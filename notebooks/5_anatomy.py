@@ -50,7 +50,7 @@ SEED = 0
 HIDDEN = 8 if SMALL else 16
 STEPS = 300 if SMALL else 600  # of L-BFGS
 DECAY = 3e-3
-DRAWS = 3 if SMALL else 8  # of random masks for each sparsity
+DRAWS = 2 if SMALL else 6  # of random masks for each sparsity
 plt.rcParams.update({"figure.dpi": 80, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
 COLORS = {"Hessian": "#000000", "Gauss–Newton": "#0072b2", "empirical Fisher": "#d55e00"}
 
@@ -237,7 +237,8 @@ def relative_error(found, expected):
 
 
 engines = {
-    name: partial(wj.block_fisher, block_size=None, engine=name) for name in ("scan", "rank_k", "primal", "dual")
+    name: partial(wj.block_fisher, block_size=None, engine=name)
+    for name in (("primal", "dual") if SMALL else ("scan", "rank_k", "primal", "dual"))
 }
 engines["low rank"] = wj.low_rank_fisher
 rounding = {
@@ -253,7 +254,7 @@ rounding = {
 assert all(errors[-1] < 1e-4 for errors in rounding.values())
 
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-for (name, errors), marker in zip(rounding.items(), "os^vD", strict=True):
+for (name, errors), marker in zip(rounding.items(), "os^vD", strict=False):
     axes.loglog(dampings, errors, marker=marker, label=name)
 axes.set(xlabel="damping λ", ylabel="relative error of $F^{-1}v$", title=f"float32, 128 rows, {d:,} weights, one block")
 axes.legend()
@@ -288,6 +289,8 @@ curvatures = {
         layout, jnp.asarray(exact[None], jnp.float32), jnp.full(1, DECAY), jnp.zeros((), jnp.int32)
     ),
 }
+if SMALL:
+    del curvatures["blocks of 32"], curvatures["whole layers"]
 mask = wj.make_masks(wj.magnitude_scores(params), 0.75)
 base = float(objective(params))
 
@@ -316,11 +319,12 @@ for name in increases:
     cosine = f"cosine {cosines[name]:.3f}" if name in cosines else ""
     print(f"{name:14} increase {increases[name]:.4f} {cosine}")
 assert cosines["diagonal"] < cosines["blocks of 128"] < cosines["whole network"] < cosines["all classes"]
-assert increases["whole network"] < increases["blocks of 32"] < increases["diagonal"] < increases["no update"]
-assert increases["the Hessian"] < increases["diagonal"]
+assert np.isclose(increases["diagonal"], increases["no update"], rtol=1e-3)
+assert increases["the Hessian"] < increases["whole network"] < increases["blocks of 128"] < increases["diagonal"]
 
 # %% [markdown]
-# Larger blocks pay, and K-FAC, which keeps no gradient of any single example, compensates well for its price.
+# A diagonal moves nothing: it knows of no other weight that could make up for one that goes. Larger blocks pay, and
+# K-FAC, which keeps no gradient of any single example, compensates well for its price.
 #
 # ## Predicted against measured
 #
