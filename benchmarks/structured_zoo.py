@@ -79,7 +79,7 @@ def drawn(kind: Kind, random: np.random.Generator) -> Variant:
     apply_fn, shapes = functional_variables(model)
     apply_fn = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), apply_fn
-    )  # not used, but passed to programs
+    )  # passed, not used
     return apply_fn, jax.tree_util.tree_map_with_path(lambda path, leaf: _numbers(path[-1].key, leaf, random), shapes)
 
 
