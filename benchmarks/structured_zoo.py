@@ -77,9 +77,7 @@ def drawn(kind: Kind, random: np.random.Generator) -> Variant:
     model = nnx.eval_shape(lambda: kind.make(nnx.Rngs(0)))
     model.eval()
     apply_fn, shapes = functional_variables(model)
-    apply_fn = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), apply_fn
-    )  # passed, not used
+    apply_fn = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), apply_fn)  # passed, not used
     return apply_fn, jax.tree_util.tree_map_with_path(lambda path, leaf: _numbers(path[-1].key, leaf, random), shapes)
 
 
