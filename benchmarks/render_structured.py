@@ -1,5 +1,6 @@
 """Tables and picture of `structured.py`."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,18 +121,17 @@ def _tuned(records: list[Record]) -> list[str]:
 def _latency(records: list[Record]) -> list[str]:
     found = _of(records, "latency")
     lines = []
-    for batch in sorted({r["config"]["batch"] for r in found}):
-        lines += ["", f"## Latency, {found[0]['network']}, batch {batch}", ""]
-        lines += [_row(["network", "parameters", "bytes", "multiply-adds an image", "of dense", "ms", "of dense"])]
-        lines += ["|---|---|---|---|---|---|---|"]
-        for method in dict.fromkeys(r["method"] for r in found):
-
-            def one(metric: str, method: str = method, batch: int = batch) -> float:
-                return _mean(records, metric, method=method, batch=batch)
-
+    for network, batch in dict.fromkeys((r["network"], r["config"]["batch"]) for r in found):
+        here = [r for r in records if r["network"] == network]
+        lines += ["", f"## Latency, {network}, batch {batch}", ""]
+        heads = ["network", "parameters", "bytes", "multiply-adds an image", "of dense", "ms", "of dense"]
+        lines += [_row([*heads, "latency ÷ multiply-adds"]), "|---|---|---|---|---|---|---|---|"]
+        for method in dict.fromkeys(r["method"] for r in _of(here, "latency", batch=batch)):
+            one = partial(_mean, here, method=method, batch=batch)
             cells = [f"{one(metric):,.0f}" for metric in ("parameters", "bytes_on_disk", "macs")]
             times = [f"{1000 * one('latency'):.2f}", f"{one('latency_ratio'):.2f}"]
-            lines.append(_row([method, *cells, f"{one('macs_ratio'):.2f}", *times]))
+            both = f"{one('latency_ratio') / one('macs_ratio'):.2f}"
+            lines.append(_row([method, *cells, f"{one('macs_ratio'):.2f}", *times, both]))
     return lines
 
 

@@ -10,6 +10,7 @@ accuracy on the exact test images and on 2,000 recompressed ones, fine-tuning on
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,18 +21,18 @@ from flax import nnx
 from pai_start import load
 from records import Recorder, parser, pin_blas, seeds
 from rich.progress import track
-from structured_scores import PROBES, Case, methods
+from structured_latency import WIDE, record_narrow, record_wide
+from structured_scores import PROBES, ROW_IMAGES, Case, methods
 from structured_tuning import accuracy_of, tune
-from structured_zoo import ZOO, zoo_error
+from structured_zoo import QUICK_ZOO, ZOO, zoo_error
 
 import woodjax as wj
 from woodjax.adapters.nnx import functional, functional_variables
 from woodjax.datasets import Dataset, load_dataset
-from woodjax.deployment import measure
 from woodjax.models import ResNet, load_torch_layout, resnet20
 from woodjax.training import fit, sgd_recipe
 
-PARTS = ("zoo", "scores", "tune", "latency")
+PARTS = ("zoo", "scores", "tune", "latency", "wide")
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 QUICK = ("random", "l2", "hap-exact", "hap-3", "obs+compensation", "obs+least-squares")
 TEST_IMAGES = 2000
@@ -76,9 +77,9 @@ def in_blocks(groups: wj.ChannelGroups) -> frozenset[str]:
 
 def record_zoo(record: Recorder, *, seed: int, quick: bool) -> None:
     """Every kind of network, masked against smaller."""
-    for name, kind in track(ZOO.items(), "zoo"):
+    for name in track(QUICK_ZOO if quick else ZOO, "zoo"):
         for streams in ("joint",) if quick else ("joint", "union"):
-            error, groups, channels = zoo_error(kind, streams, seed)
+            error, groups, channels = zoo_error(ZOO[name], streams, seed)
             config = {"kind": name, "streams": streams, "groups": groups, "channels": channels}
             record.add(
                 "masked_vs_shrunk_max_error", error, "1", method="random plan", column=None, seed=seed, config=config
@@ -93,6 +94,7 @@ def record_scores(
     ratios: tuple[float, ...],
     probes: tuple[int, ...],
     only: frozenset[str] | None,
+    row_images: int,
 ) -> None:
     """Accuracy against the fraction of channels removed, one ranking for all groups inside blocks."""
     apply_fn, params = functional(network.model)
@@ -101,7 +103,7 @@ def record_scores(
     order = np.random.default_rng(seed).permutation(network.train.num_train)[:SCORE_IMAGES]
     images, labels = (jnp.asarray(x[order]) for x in (network.train.train_inputs, network.train.train_labels))
     names = in_blocks(groups)
-    case, jitted = Case(apply_fn, params, groups, images, labels, seed), jax.jit(apply_fn)
+    case, jitted = Case(apply_fn, params, groups, images, labels, seed, row_images), jax.jit(apply_fn)
     common = {"column": None, "seed": seed}
     for test, accuracy in accuracies(jitted, params, network).items():
         record.add("accuracy", accuracy, "1", **common, method="dense", sparsity=0.0, config={"test": test})
@@ -121,47 +123,6 @@ def accuracies(apply_fn: wj.typing.ApplyFn, params: wj.typing.Params, network: N
     return {name: accuracy_of(apply_fn, params, *test) for name, test in network.tests.items()}
 
 
-def record_latency(
-    record: Recorder, network: Network, *, batches: tuple[int, ...], repeats: int, round_to: int
-) -> None:
-    """Dense, masked, smaller and implanted networks side by side, at half of the multiply-adds."""
-    apply_fn, variables = functional_variables(network.model)
-    example = jnp.asarray(network.train.test_inputs[:1])
-    groups = wj.channel_groups(apply_fn, variables, example)
-    scores = wj.l2_channel_scores(groups, variables, relative=True)
-    plans = {
-        name: wj.make_plan(groups, *wj.select_channels(groups, scores, macs=0.5, round_to=round_to, **options))
-        for name, options in {"shrunk": {}, "implanted": {"implants": 0.3}}.items()
-    }
-    half = wj.make_plan(groups, {group.name: np.arange(group.size) < group.size // 2 for group in groups.groups})
-    narrow = network.narrow(nnx.Rngs(0))
-    narrow.eval()
-    variants = {
-        "dense": (apply_fn, variables),
-        "masked": (apply_fn, wj.apply_masks(variables, plans["shrunk"].masks(variables))),
-        **{name: (wj.shrunk_network(apply_fn, plan), plan.shrink(variables)) for name, plan in plans.items()},
-        "half of every group": (wj.shrunk_network(apply_fn, half), half.shrink(variables)),
-        "built with half the widths": functional_variables(narrow),
-        "dense again": (apply_fn, variables),
-    }
-    for batch in batches:
-        inputs = jnp.asarray(np.resize(network.train.test_inputs, (batch, *example.shape[1:])))
-        rows = measure(variants, inputs, repeats=repeats, progress=True)
-        print(rows)
-        for row in rows:
-            values = {
-                "latency_ratio": (row.latency / rows[0].latency, "1"),
-                "latency": (row.latency, "s"),
-                "macs_ratio": (row.multiply_adds / rows[0].multiply_adds, "1"),
-                "macs": (row.multiply_adds / batch, "multiply-adds an image"),
-                "parameters": (row.parameters, "1"),
-                "bytes_on_disk": (row.bytes_on_disk, "bytes"),
-            }
-            for metric, (value, unit) in values.items():
-                config = {"batch": batch, "round_to": round_to}
-                record.add(metric, value, unit, method=row.name, column=None, seed=0, config=config)
-
-
 def main() -> int:
     """Measure the parts that are asked for."""
     pin_blas()
@@ -171,23 +132,29 @@ def main() -> int:
     args = options.parse_args()
     parts = PARTS if args.only is None else tuple(args.only.split(","))
     small = args.quick or args.data_dir is None
+    jax.config.update("jax_disable_most_optimizations", args.quick)  # what is not timed is mostly compiled
     if "zoo" in parts:
         for seed in seeds(args.seeds):
             record_zoo(Recorder(args.json, "structured", "zoo", "random"), seed=seed, quick=args.quick)
-    if set(parts) - {"zoo"}:
+    if set(parts) - {"zoo", "wide"}:
         network = network_of(args.data_dir, quick=args.quick)
         record = Recorder(args.json, "structured", network.name, "digits 8×8" if small else "cifar10 (recompressed)")
     for seed in seeds(args.seeds):
         if "scores" in parts:
-            ratios, probes = (RATIOS[2:3], (3,)) if args.quick else (RATIOS, PROBES)
+            ratios, probes, rows = (RATIOS[2:3], (3,), 32) if args.quick else (RATIOS, PROBES, ROW_IMAGES)
             chosen = args.methods.split(",") if args.methods else QUICK if args.quick else None
             only = None if chosen is None else frozenset(chosen)
-            record_scores(record, network, seed=seed, ratios=ratios, probes=probes, only=only)
+            record_scores(record, network, seed=seed, ratios=ratios, probes=probes, only=only, row_images=rows)
         if "tune" in parts:
             tune(record, network.model, network.train, network.tests, seed=seed, quick=small)
     if "latency" in parts:
+        images, narrow = network.train.test_inputs, network.narrow(nnx.Rngs(0))
         repeats, round_to = (10, 4) if small else (50, 8)
-        record_latency(record, network, batches=(1, 64), repeats=repeats, round_to=round_to)
+        record_narrow(record, network.model, narrow, images, batches=(1, 64), repeats=repeats, round_to=round_to)
+    if "wide" in parts:
+        names, repeats = (list(WIDE)[-1:], 5) if args.quick else (list(WIDE), 20)
+        recorder = partial(Recorder, args.json, "structured", dataset="random")
+        record_wide(recorder, names, batches=(1, 64), repeats=repeats, round_to=16)
     return 0
 
 

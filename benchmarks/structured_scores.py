@@ -27,11 +27,12 @@ class Case:
     images: Any  # [n, ...]
     labels: Any
     seed: int
+    row_images: int = ROW_IMAGES
 
     @cached_property
     def batch(self) -> Batch:
         """Images and labels for traces."""
-        return self.images[:ROW_IMAGES], self.labels[:ROW_IMAGES]
+        return self.images[: self.row_images], self.labels[: self.row_images]
 
     @cached_property
     def exact(self) -> Params:

@@ -108,13 +108,34 @@ def test_hap_signs_and_protection():
     assert np.isnan(wj.hap_scores(GROUPS, params, diagonal)["hidden"][0])
 
 
-def test_hutchinson_traces_are_sums_of_its_diagonal():
+def test_hap_by_random_signs_knows_its_errors():
+    """Scores within their errors, and errors those of 2000 probes on the dense Hessian of the kernels."""
+    params, labels, probes = draw(3), np.arange(6) % 2, 2000
+    loss_fn = wj.cross_entropy(network)
+    run = jax.jit(lambda p, key: wj.hap_trace_scores(GROUPS, loss_fn, p, (INPUTS, labels), key, **options))
+    options = {"probes": probes, "probes_at_once": 100}
+    found = run(params, jax.random.key(0))
+    flattened, put = jax.flatten_util.ravel_pytree(params)
+    mean = lambda w: jax.vmap(loss_fn, in_axes=(None, 0))(put(w), (jnp.asarray(INPUTS), jnp.asarray(labels))).mean()
+    hessian = np.asarray(jax.jit(jax.hessian(mean))(flattened), np.float64)
+    probed = np.any([where(channel, WRITERS) for channel in channels()], axis=0)  # the rest adds no variance
+    for channel, score, error in zip(channels(), flat(found.scores), flat(found.standard_error), strict=True):
+        own = where(channel, WRITERS)
+        w = vector(params)[own]
+        exact = oracle.hessian_aware_score(w, np.diag(hessian)[own])
+        block = np.flatnonzero(own[probed])
+        variance = oracle.probe_variance(hessian[np.ix_(probed, probed)], block) / probes
+        np.testing.assert_allclose(error, 0.5 * np.sqrt(variance) / own.sum() * (w @ w), rtol=0.15)
+        assert abs(score - exact) < 4.5 * error
+
+
+def test_hap_by_random_signs_stops():
     params, labels = draw(3), np.arange(6) % 2
-    arguments = wj.cross_entropy(network), params, (INPUTS, labels), jax.random.key(0)
-    diagonal = wj.hutchinson_diagonal(*arguments, probes=3).diagonal
-    traces = wj.hutchinson_axis_traces(*arguments, probes=3, select=everything).traces["hidden"]
-    expected = 0.5 * np.asarray(traces) / 3 * np.sum(params["hidden"] ** 2, axis=0)
-    np.testing.assert_allclose(wj.hap_scores(GROUPS, params, diagonal)["hidden"], expected, 1e-4, 1e-6)
+    arguments = GROUPS, wj.cross_entropy(network), params, (INPUTS, labels), jax.random.key(0)
+    stopped = wj.hap_trace_scores(*arguments, probes=40, tolerance=1e3)
+    assert int(stopped.probes) == wj.MINIMUM_PROBES
+    with pytest.raises(ValueError, match="pass the tree that the groups are of"):
+        wj.hap_trace_scores(GROUPS, lambda p, x: p["gain"].sum(), {"gain": params["gain"]}, INPUTS, jax.random.key(0))
 
 
 @given(seed=st.integers(0, 99))

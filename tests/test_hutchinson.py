@@ -112,6 +112,9 @@ def test_one_set_of_signs_under_every_function_and_shape_of_the_loop():
     same(trace.trace, jax.tree.map(jnp.sum, diagonal.diagonal))
     np.testing.assert_allclose(trace.total, flat(diagonal.diagonal).sum(), rtol=1e-5)
     same(columns.traces, jax.tree.map(lambda x: x.sum(tuple(range(x.ndim - 1))), diagonal.diagonal))
+    sums = run(wj.hutchinson_sums, sums=lambda tree: jax.tree.map(lambda x: x.sum(0), tree))
+    same(sums.sums, jax.tree.map(lambda x: x.sum(0), diagonal.diagonal))
+    same((sums.sums["last"], sums.standard_error["last"]), (columns.traces["last"], columns.standard_error["last"]))
     same(rows.traces, jax.tree.map(lambda x: x.sum(tuple(range(1, x.ndim))), diagonal.diagonal))
 
     alone = run(wj.hutchinson_diagonal, signs="batch", microbatch_size=1)

@@ -163,6 +163,8 @@ def test_files_hold_arrays_implants_and_the_plan(tmp_path, rank):
     np.testing.assert_array_equal(network(loaded, IMAGES), network(small, IMAGES))
     exported = wj.export_stablehlo(wj.shrunk_network(apply_fn, plan), small, IMAGES, symbolic_batch=False)
     np.testing.assert_allclose(wj.load_stablehlo(exported)(small, IMAGES), network(small, IMAGES), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"sizes that are numbers.*symbolic_batch=False for the batch of"):
+        wj.export_stablehlo(wj.shrunk_network(apply_fn, plan), small, IMAGES)
     wj.save_arrays(tmp_path / "other.safetensors", variables)
     with pytest.raises(ValueError, match="has no plan"):
         wj.load_pruned(tmp_path / "other.safetensors")

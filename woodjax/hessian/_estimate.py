@@ -1,6 +1,6 @@
 """The mean over probes, its standard error, and when there were enough of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +47,7 @@ def estimate(
     probes_at_once: int,
     microbatch_size: int | None,
     check: bool,
+    put_together: Callable[[Values], Values] | None = None,
 ) -> Moments:
     """Moments of sums of `z ⊙ Hz` over probes `z`.
 
@@ -63,9 +64,11 @@ def estimate(
         probes_at_once: Probes computed together.
         microbatch_size: Examples computed at once.
         check: Whether to look at the loss first.
+        put_together: Linear function of the values of one probe, one for each leaf with probes, whose moments are
+            wanted in their place.
 
     Returns:
-        A value for each leaf with probes, and the total.
+        A value for each leaf with probes, or what they were put together to, and the total.
 
     Raises:
         ValueError: What `hutchinson_trace` says.
@@ -85,6 +88,7 @@ def estimate(
     probing = Probing(tuple(summed), signs == "example", min(probes_at_once, probes), size)
     arrays: Any = jax.tree.map(jnp.asarray, (params, batch))
     row, everything = LossRow(loss_fn, False), (*arrays, key)
+    each = list if put_together is None else jax.jit(jax.vmap(put_together))
 
     def add_round(moments: Moments, number: Int[Array, ""] | int) -> Moments:
         first = number * probing.probes_at_once
@@ -94,18 +98,17 @@ def estimate(
             -(-n // size),
             everything,
         )
-        return _welford(moments, values, probes, total=total)
+        return _welford(moments, each(values), probes, total=total)
 
     done = None if tolerance is None else partial(_enough, tolerance=tolerance, total=total)
-    return loop(
-        add_round, _nothing(probing.zeros(arrays[0]), total), -(-probes // probing.probes_at_once), everything, done
-    )
+    values = jax.eval_shape(each, probing.zeros(arrays[0]))
+    return loop(add_round, _nothing(values, total), -(-probes // probing.probes_at_once), everything, done)
 
 
-def _nothing(values: Values, total: bool) -> Moments:
-    shapes = [jnp.zeros_like(v[0]) for v in values]
+def _nothing(values: Sequence[jax.ShapeDtypeStruct], total: bool) -> Moments:
+    shapes = [jnp.zeros(v.shape[1:], v.dtype) for v in values]
     if total:
-        shapes.append(jnp.zeros((), jnp.result_type(*values)))
+        shapes.append(jnp.zeros((), jnp.result_type(*(v.dtype for v in values))))
     return Moments(shapes, [jnp.zeros_like(v) for v in shapes], jnp.zeros((), jnp.int32))
 
 

@@ -5,7 +5,7 @@
 | `axes`, `solver`, `rules/` | which indices of which axes go together, primitive by primitive |
 | `walk`, `reading`, `running` | a program, read for its channels and run on fewer of them |
 | `find`, `channels`, `restrict`, `matching` | groups of channels, and what stays of leaves and costs |
-| `scores`, `weight_scores`, `gates`, `reads`, `joint`, `surgeon` | what each channel is worth |
+| `scores`, `hessian_aware`, `weight_scores`, `gates`, `reads`, `joint`, `surgeon` | what each channel is worth |
 | `reconstruction`, `recording` | readers refitted by least squares |
 | `select`, `plan`, `staying` | what stays, for a budget |
 | `implants`, `start` | kernels of which some outputs are low-rank |
@@ -15,6 +15,7 @@
 from woodjax.structured.channels import ChannelGroup, ChannelGroups, ChannelScores
 from woodjax.structured.find import channel_groups
 from woodjax.structured.gates import gate_channels
+from woodjax.structured.hessian_aware import ChannelScoreEstimate, hap_scores, hap_trace_scores
 from woodjax.structured.implants import ImplantedKernel
 from woodjax.structured.joint import joint_gate_scores
 from woodjax.structured.plan import PrunePlan, make_plan
@@ -23,7 +24,6 @@ from woodjax.structured.reconstruction import InputMoments, input_moments, recon
 from woodjax.structured.restrict import shrink_groups
 from woodjax.structured.scores import (
     gate_scores,
-    hap_scores,
     normalize_scores,
     taylor_channel_scores,
 )
@@ -36,6 +36,7 @@ from woodjax.structured.weight_scores import bn_scale_scores, l2_channel_scores,
 __all__ = [
     "ChannelGroup",
     "ChannelGroups",
+    "ChannelScoreEstimate",
     "ChannelScores",
     "ImplantedKernel",
     "InputMoments",
@@ -49,6 +50,7 @@ __all__ = [
     "gate_channels",
     "gate_scores",
     "hap_scores",
+    "hap_trace_scores",
     "input_moments",
     "joint_gate_scores",
     "l2_channel_scores",

@@ -3,7 +3,7 @@
 | score | needs | in units of the loss |
 |---|---|---|
 | `gate_scores` | inputs: the exact Gauss–Newton matrix over the weights that read a channel | yes |
-| `hap_scores` | any diagonal of the Hessian | yes |
+| `hap_scores`, `hap_trace_scores` | any diagonal of the Hessian; labels, for traces by random signs | yes |
 | `taylor_channel_scores` | the mean gradient | yes |
 | `l2_channel_scores`, `bn_scale_scores`, `random_channel_scores` | nothing | no |
 
@@ -78,48 +78,6 @@ def gate_scores(
     gated, gates = gate_channels(groups, apply_fn, params, one_example(inputs))
     diagonal = gauss_newton_diagonal(gated, gates, inputs, microbatch_size=microbatch_size, check=check)
     return jax.tree.map(lambda h: guard(0.5 * h), diagonal)
-
-
-@checked
-def hap_scores(groups: ChannelGroups, params: Params, diagonal: Params) -> ChannelScores:
-    """Hessian-aware pruning: `½ tr(H_cc)/p · ‖w_c‖²` over the `p` weights by which kernels write a channel.
-
-    The average curvature of a channel times its squared length. Any diagonal will do: `gauss_newton_diagonal` is
-    exact, that of a Fisher is an estimate. `hutchinson_diagonal` gives the published scores: the trace of a channel
-    is the sum of the same products `z ⊙ Hz`. Few probes leave mostly noise, and negative traces go first.
-
-    Args:
-        groups: From `channel_groups`.
-        params: The parameters, or all variables.
-        diagonal: Diagonal of a Hessian approximation; `+inf` where a coordinate is held fixed, and with it its channel.
-
-    Returns:
-        Scores `[n]` for each group, signed as the traces are. A channel that several kernels write is one vector.
-
-    Raises:
-        ValueError: Trees that differ; no kernel among `params`.
-
-    Cost:
-        Two passes over the weights.
-
-    References:
-        Yu, Yao, Gholami et al., Hessian-Aware Pruning (arXiv 2101.08940), section 3; the ½ is left out there.
-
-    Example:
-        >>> import jax.numpy as jnp, woodjax as wj
-        >>> params = {"a": jnp.array([[1.0, 3.0], [2.0, 0.0]]), "b": jnp.ones((2, 1))}
-        >>> groups = wj.channel_groups(lambda p, x: x @ p["a"] @ p["b"], params, jnp.ones((1, 2)))
-        >>> diagonal = {"a": jnp.array([[1.0, 2.0], [1.0, 4.0]]), "b": jnp.ones((2, 1))}
-        >>> wj.hap_scores(groups, params, diagonal)["a"].tolist()  # ½ · 2/2 · 5, ½ · 6/2 · 9
-        [2.5, 13.5]
-    """
-    check_like(diagonal, params, "diagonal")
-    norms = groups.sums(jax.tree.map(jnp.square, wide(params)), ("out",))
-    traces, sizes = groups.sums(wide(diagonal), ("out",)), groups.counts(params, ("out",))
-    return {
-        name: jnp.where(jnp.isposinf(traces[name]), jnp.inf, guard(0.5 * traces[name] / sizes[name] * norms[name]))
-        for name in norms
-    }
 
 
 @checked

@@ -40,8 +40,14 @@ class ShrunkNetwork:
 
         Raises:
             ValueError: Variables that the plan does not leave; inputs for which other channels go together than for
-                the example that the groups were found with.
+                the example that the groups were found with, or of sizes that are symbols.
         """
+        for leaf in jax.tree.leaves(inputs):
+            if not all(isinstance(size, int) for size in jnp.shape(leaf)):
+                raise ValueError(
+                    f"Inputs of shape {jnp.shape(leaf)}: a shrunk program is made for sizes that are numbers. Use one "
+                    "size of a batch, or the model's own code on the smaller arrays (with_shapes_of in the adapters)."
+                )
         small = [leaf._replace(shape=leaf.small) for leaf in self.plan.leaves]
         whole = dict(zip(small, self.plan.leaves, strict=True))
         found = match(small, variables)

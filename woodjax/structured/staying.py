@@ -66,7 +66,7 @@ class LeafPlan(NamedTuple):
         for i, axis in enumerate(self.axes):
             at = axis.indices()
             if at is not None:
-                value = jnp.take(value, at, axis=i)
+                value = jnp.take(value, at, axis=i, mode="clip", unique_indices=True, indices_are_sorted=True)
         return value if self.implants is None else split_kernel(value, *self.implants)
 
     def expand(self, value: Any) -> Shaped[Array, "..."]:
@@ -75,8 +75,11 @@ class LeafPlan(NamedTuple):
         for i, axis in enumerate(self.axes):
             at = axis.indices()
             if at is not None:
-                shape = (*value.shape[:i], self.shape[i], *value.shape[i + 1 :])
-                value = jnp.zeros(shape, value.dtype).at[(slice(None),) * i + (at,)].set(value, unique_indices=True)
+                stays = np.isin(np.arange(self.shape[i]), at)
+                taken = jnp.take(
+                    value, np.maximum(np.cumsum(stays) - 1, 0), axis=i, mode="clip"
+                )  # cheaper than scatter
+                value = jnp.where(_along(stays, i, value.ndim), taken, jnp.zeros((), value.dtype))
         return value
 
     def mask(self) -> Bool[np.ndarray, "..."]:
