@@ -1,4 +1,4 @@
-"""Examples of the README run as they stand, and do what it says."""
+"""Examples of the README and whole programs of the guides run as they stand, and do what is said there."""
 
 import ast
 import contextlib
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -24,37 +23,28 @@ from woodjax.training import evaluate, train
 
 pytestmark = pytest.mark.newest  # 300 steps each; test_transform_frameworks does the same in 8
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-AT_INIT = next(block for block in BLOCKS if "prune_at_init" in block)
-SMALLER = next(block for block in BLOCKS if "channel_groups" in block)
-MESH = next(block for block in BLOCKS if "make_mesh" in block)
-NNX, LINEN = (next(b for b in BLOCKS if "prune_transform" in b and word in b) for word in ("nnx.jit", "TrainState"))
-ONE_CALL = next(block for block in BLOCKS if "# a trained nnx.Module" in block)
-VARIATIONS = next(block for block in BLOCKS if "prune_to_loss" in block)
-SIX_WORDS = next(block for block in BLOCKS if "predicted_loss_change(updates, fisher)" in block)
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def program(page, word):
+    """The first block of a page with a word in it."""
+    return next(block for block in blocks(page) if word in block)
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """What the README's reader has: a trained model, its loss, and examples."""
+    """What the reader of a guide has: a trained network, its loss, and examples."""
     data, model = load_dataset("digits"), MLP((64, 8, 10), rngs=nnx.Rngs(0))
     train(model, data, epochs=2, seed=0)
     apply_fn, params = bridge.functional(model)
-    inputs, labels = data.train_inputs[:40], data.train_labels[:40]
-    return {
-        "wj": wj,
-        "jax": jax,
-        "optax": optax,
-        "model": model,
-        "apply_fn": apply_fn,
-        "params": params,
-        "loss_fn": wj.cross_entropy(apply_fn),
-        "inputs": inputs,
-        "labels": labels,
-        "batch": (inputs, labels),
-        "fresh_examples": (data.train_inputs[40:440], data.train_labels[40:440]),
-    }
+    batch, loss_fn = (data.train_inputs[:40], data.train_labels[:40]), wj.cross_entropy(apply_fn)
+    fisher = wj.low_rank_fisher(wj.per_example_gradients(loss_fn, params, batch))
+    example = batch[0][0], batch[1][0]
+    return {"loss_fn": loss_fn, "params": params, "batch": batch, "fisher": fisher, "example": example}
 
 
 def kernels(tree):
@@ -68,46 +58,51 @@ def zeros(tree):
 def run(block, names=()):
     names = dict(names)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, "example", "exec"), names)
     return names, printed.getvalue().splitlines()
 
 
-def test_one_call(trained):
-    names, _ = run(ONE_CALL, trained)
-    found, size = zeros(bridge.functional(names["model"])[1])
+def test_quick_starts(tmp_path, monkeypatch):
+    """The README from top to bottom, each start on from the names of the first."""
+    monkeypatch.chdir(tmp_path)
+    names, lines = run("\n".join(blocks("README.md")))
+    data, (found, size) = names["data"], zeros(names["pruned"])
     assert found == round(0.9 * size)
-    assert float(names["info"].sparsity[-1]) == pytest.approx(0.9, abs=1e-3)
-
-
-def test_variations(trained):
-    """Every line is one call; what comes back is what its comment says, here in two stages."""
-    few = SimpleNamespace(**{**vars(wj), "prune_one_shot": partial(wj.prune_one_shot, stages=2)})
-    trained = trained | {"wj": few}
-    lines = [ast.unparse(statement) for statement in ast.parse(VARIATIONS).body]
-    assert len(lines) == 5
-    (halved, *_), (floored, *_), (taught, *_), promised = (eval(line, dict(trained)) for line in lines[:4])
-    for kernel in kernels(halved):
-        groups = np.asarray(kernel).reshape(-1, 4, kernel.shape[-1])
-        assert ((groups != 0).sum(axis=1) == 2).all()
-    assert all((np.asarray(kernel) != 0).mean() >= 0.01 for kernel in kernels(floored))
-    for params in (floored, taught):
-        found, size = zeros(params)
-        assert found == round(0.95 * size)
-    assert zeros(promised[0])[0] > 0
-    names, _ = run(lines[4], trained)
-    assert names["labels"].shape == (40,)
-    assert set(np.asarray(names["labels"]).tolist()) <= set(range(10))
-
-
-def test_six_words(trained):
-    names, _ = run(SIX_WORDS, trained)
-    found, size = zeros(names["params"])
+    assert zeros(bridge.functional(names["model"])[1]) == (found, size)
+    assert evaluate(names["apply_fn"], names["pruned"], data) > 0.85
+    found, size = zeros(names["weights"])
     assert found == round(0.9 * size)
     assert float(names["change"]) > 0
+    assert lines[0].startswith("empty layers: [] lowest density: 0.")
+    macs = names["groups"].macs
+    assert macs(names["plan"].kept) <= macs({}) / 4
+    logits = names["network"](names["small"], data.test_inputs[:3])
+    assert logits.shape == (3, 10)
+    assert wj.load_pruned("small.safetensors")[1] == names["plan"]
+    assert "<html" in Path("report.html").read_text()
+
+
+def test_constraints(trained):
+    """Every call gives what its comment says, here in two stages."""
+    few = SimpleNamespace(**{**vars(wj), "prune_one_shot": partial(wj.prune_one_shot, stages=2)})
+    names = trained | {"wj": few}
+    calls = [ast.unparse(statement) for statement in ast.parse(program("docs/one_shot.md", "wj.NM(2, 4)")).body]
+    (halved, *_), (blocked, *_), (floored, *_) = (eval(call, names) for call in calls[:3])
+    for kernel in map(np.asarray, kernels(halved)):
+        assert ((kernel.reshape(-1, 4, kernel.shape[-1]) != 0).sum(axis=1) == 2).all()
+    for kernel in map(np.asarray, kernels(blocked)):
+        groups = (kernel.reshape(-1, 4, kernel.shape[-1]) != 0).sum(axis=1)
+        assert set(np.unique(groups)) <= {0, 4}
+    assert all((np.asarray(kernel) != 0).mean() >= 0.01 for kernel in kernels(floored))
+    found, size = zeros(floored)
+    assert found == round(0.95 * size)
+    made, _ = run("\n".join(calls[3:]), names)
+    kept = [(cost * mask).sum() for cost, mask in zip(kernels(made["costs"]), kernels(made["masks"]), strict=True)]
+    assert sum(kept) <= 0.3 * sum(cost.sum() for cost in kernels(made["costs"]))
 
 
 def test_nnx():
-    names, lines = run(NNX)
+    names, lines = run(program("docs/gradual.md", "nnx.jit"))
     assert [line.split(",")[0] for line in lines[-2:]] == ["250 sparsity 0.886", "300 sparsity 0.900"]
     apply_fn, params = bridge.functional(names["model"])
     assert evaluate(apply_fn, params, names["data"]) > 0.9
@@ -116,7 +111,7 @@ def test_nnx():
 
 
 def test_linen():
-    names, lines = run(LINEN)
+    names, lines = run(program("docs/gradual.md", "TrainState"))
     assert lines == ["sparsity 0.900"]
     data = names["data"]._replace(test_inputs=names["data"].test_inputs.reshape(-1, 64))
     apply_fn = lambda params, x: names["module"].apply({"params": params}, x)
@@ -125,7 +120,7 @@ def test_linen():
 
 
 def test_before_training():
-    names, lines = run(AT_INIT)
+    names, lines = run(program("docs/at_init.md", "evaluate_model"))
     assert lines[0].startswith("empty layers: [] lowest density: 0.")
     assert float(lines[1].removeprefix("test accuracy ")) > 0.85
     _, params = bridge.functional(names["model"])
@@ -136,7 +131,7 @@ def test_before_training():
 
 def test_smaller_networks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names, lines = run(SMALLER)
+    names, lines = run(program("docs/structured.md", "fit_shrunk"))
     macs, left, accuracy = re.fullmatch(r"([\d,]+) multiply-adds, ([\d,]+) left, test accuracy (.*)", lines[0]).groups()
     assert macs == "6,464"
     assert 0 < int(left.replace(",", "")) <= 6464 // 4
@@ -147,7 +142,7 @@ def test_smaller_networks(tmp_path, monkeypatch):
 
 
 def test_many_devices():
-    command = [sys.executable, "-c", MESH]
+    command = [sys.executable, "-c", program("docs/scale.md", "os.environ")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     spec, sparsity = done.stdout.rsplit(" ", 1)
