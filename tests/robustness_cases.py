@@ -611,7 +611,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 # Classes that functions fill in, protocols, and records of numbers: nobody writes a call of them with arrays.
-MADE_BY_FUNCTIONS = set([
+MADE_BY_FUNCTIONS = {
     "Accumulator",
     "AtInitInfo",
     "AxisTraceEstimate",
@@ -671,7 +671,7 @@ MADE_BY_FUNCTIONS = set([
     "UpdateChoice",
     "UpdateSearch",
     "Whitener",
-])
+}
 
 
 def magnitude_prune(batch, sparsity):

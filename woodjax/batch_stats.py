@@ -17,7 +17,9 @@ PROBE = 1e6  # large beside statistics: the momentum is read off to float error
 
 @checked
 @checked
-def reestimate_batch_stats(update_fn: StatsFn, params: Params, batch_stats: PyTree, batches: Iterable[Batch]) -> PyTree:
+def reestimate_batch_stats(
+    update_fn: StatsFn, params: Params | None, batch_stats: PyTree, batches: Iterable[Batch]
+) -> PyTree:
     """Running statistics as the plain average over batches, whatever momentum the layers have.
 
     A layer in train mode returns `momentum · running + (1 − momentum) · batch`. From `running = 0` that is

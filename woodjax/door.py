@@ -155,7 +155,9 @@ def _is_scalar(value: Any, kind: Any) -> bool:
 
 def _has_dtype(hint: Any, value: Any) -> bool:
     if not hasattr(value, "dtype"):
-        return hint.dim_str == "" and isinstance(value, numbers.Real) and "float32" in hint.dtypes
+        kinds = {"int32", "float32"} if isinstance(value, numbers.Integral) else {"float32"}
+        fits = not isinstance(hint.dtypes, list | tuple) or not kinds.isdisjoint(hint.dtypes)
+        return hint.dim_str in ("", "...") and isinstance(value, numbers.Real) and fits
     if "prng_key" in hint.dtypes and value.dtype == jnp.uint32:
         return value.shape == (2,)  # keys as they were before jax.random.key
     names = str(value.dtype).replace("key<fry>", "prng_key")

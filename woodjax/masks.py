@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from woodjax.door import checked
+from woodjax.door import checked, checked_but
 from woodjax.mesh_ranking import MeshRanker
 from woodjax.placement import Placement, on_any_axes, placement_of
 from woodjax.ranking import HERE, Ranker, erdos_renyi_counts, is_broken, ranked_leaves
@@ -33,7 +33,7 @@ from woodjax.typing import Masks, Scores
 Scope = Literal["global", "leaf", "erdos_renyi"]
 
 
-@checked
+@checked_but("floor")
 @on_any_axes
 def make_masks(
     scores: Scores,

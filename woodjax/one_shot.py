@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from woodjax.choices import Auto, Plan, choose_plan, choose_search
 from woodjax.compensation import Method
 from woodjax.curvature import low_rank_fisher
-from woodjax.door import checked
+from woodjax.door import checked_but
 from woodjax.loss_rows import LossRow, batch_size, example_losses
 from woodjax.masks import Scope
 from woodjax.patterns import NM, Pattern
@@ -53,7 +53,7 @@ class Stage(NamedTuple):
     stages: int | None = None  # of the whole run
 
 
-@checked
+@checked_but("params")
 @on_any_axes
 def prune_one_shot(
     loss_fn: LossFn,

@@ -31,7 +31,7 @@ LARGE = 1e30  # R above this may have overflowed on the way
 
 @checked
 def random_scores(
-    loss_fn: LossFn | None, params: Params, batch: Batch, key: Key[Array, ""], *, select: Select = is_kernel
+    loss_fn: LossFn | None, params: Params, batch: Batch | None, key: Key[Array, ""], *, select: Select = is_kernel
 ) -> Scores:
     """Random scores: the layer budget is the same fraction everywhere, but for chance.
 

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from woodjax.compensation import Method
-from woodjax.door import checked
+from woodjax.door import checked_but
 from woodjax.masks import Scope
 from woodjax.schedules import Path, Schedule, check_stages
 from woodjax.sparsities import ExactSparsity, Sparsity
@@ -31,7 +31,7 @@ from woodjax.typing import Masks, Params, Updates
 RefreshFn = Callable[[Params, Masks, Sparsity], tuple[Params, Masks] | tuple[Params, Masks, RefreshInfo]]
 
 
-@checked
+@checked_but("schedule")
 def prune_transform(
     inner: optax.GradientTransformation | None = None,
     *,

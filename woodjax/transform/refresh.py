@@ -58,7 +58,7 @@ class RefreshOptions(TypedDict, total=False):
 def refresh(
     params: Params,
     opt_state: OptState,
-    batch: Batch,
+    batch: Batch | None,
     sparsity: Sparsity,
     *,
     loss_fn: LossFn | None = None,
@@ -153,7 +153,7 @@ def refresh_masks(
     sparsity: Sparsity,
     *,
     loss_fn: LossFn | None = None,
-    batch: Batch = None,
+    batch: Batch | None = None,
     recomputations: int = 1,
     measure_loss: bool = False,
     **options: Unpack[RefreshOptions],
