@@ -8,7 +8,7 @@
 # with a control whether it was the choice of weights that helped or only how many each layer kept. On the way: why
 # batch normalisation needs a warm-up.
 #
-# Runtime on two CPU cores: about three minutes in full, half a minute with `WOODJAX_SMALL=1`. Data: MNIST (a folder of
+# Runtime on two CPU cores: a few minutes in full, less than one with `WOODJAX_SMALL=1`. Data: MNIST (a folder of
 # TFDS data sets, named by `WOODJAX_DATA_DIR`), elsewhere the embedded 8×8 digits.
 
 # %%
