@@ -25,7 +25,7 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	PATH="$(abspath $(BIN)):$$PATH" basedpyright --verifytypes woodjax --ignoreexternal | tail -5  # of the public face
+	PATH="$(abspath $(BIN)):$$PATH" basedpyright --verifytypes woodjax --ignoreexternal > .types || { tail -40 .types; exit 1; }
 
 floors: $(VENV)/.ready
 	$(BIN)/lint-imports
@@ -52,4 +52,4 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo dist site .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) demo dist site .types .pytest_cache .ruff_cache .import_linter_cache
