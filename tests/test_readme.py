@@ -80,8 +80,12 @@ def test_one_call(trained):
 
 
 def test_variations(trained):
-    """Every line is one call; what comes back is what its comment says, here in two stages."""
-    few = SimpleNamespace(**{**vars(wj), "prune_one_shot": partial(wj.prune_one_shot, stages=2)})
+    """Every line is one call; what comes back is what its comment says, here in two stages or levels."""
+    short = {
+        "prune_one_shot": partial(wj.prune_one_shot, stages=2),
+        "prune_to_loss": partial(wj.prune_to_loss, sparsities=(0.3, 0.6)),
+    }
+    few = SimpleNamespace(**vars(wj) | short)
     trained = trained | {"wj": few}
     lines = [ast.unparse(statement) for statement in ast.parse(VARIATIONS).body]
     assert len(lines) == 5
