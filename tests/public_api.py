@@ -17,6 +17,7 @@ MODULES = (
     "woodjax.models",
     "woodjax.plots",
     "woodjax.recipes",
+    "woodjax.records",
     "woodjax.report",
     "woodjax.training",
     "woodjax.typing",

@@ -18,7 +18,10 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 EXAMPLES = [page for folder in ("methods", "how_to") for page in sorted((DOCS / folder).glob("*.md"))]
-MODULES = ["adapters.linen", "adapters.nnx", "datasets", "linalg", "models", "plots", "report", "training", "typing"]
+MODULES = [
+    *("adapters.linen", "adapters.nnx", "datasets", "linalg", "models"),
+    *("plots", "records", "report", "training", "typing"),
+]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
