@@ -16,7 +16,6 @@ PROBE = 1e6  # large beside statistics: the momentum is read off to float error
 
 
 @checked
-@checked
 def reestimate_batch_stats(
     update_fn: StatsFn, params: Params | None, batch_stats: PyTree, batches: Iterable[Batch]
 ) -> PyTree:

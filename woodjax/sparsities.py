@@ -43,6 +43,9 @@ def prune_count(sparsity: Fraction, size: Int[Array, "..."]) -> Int[Array, "..."
     Returns:
         Integers of the shape of `size`.
 
+    Raises:
+        ValueError: As `check_sparsity`.
+
     Cost:
         None to speak of.
 
@@ -51,6 +54,7 @@ def prune_count(sparsity: Fraction, size: Int[Array, "..."]) -> Int[Array, "..."
         >>> int(wj.prune_count(0.9, 32_360))
         29124
     """
+    check_sparsity(sparsity)
     if not isinstance(sparsity, ExactSparsity):
         if not isinstance(sparsity, float | int):
             sparsity = jnp.clip(jnp.nan_to_num(jnp.asarray(sparsity, jnp.float32), nan=0.0), 0, 1)
