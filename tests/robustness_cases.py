@@ -349,6 +349,9 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
         "batch_axes": 0,
     },
     "hap_scores": lambda: channels("params") | {"diagonal": jax.tree.map(jnp.square, params())},
+    "hap_trace_scores": lambda: scored(
+        groups=groups(), probes=4, probes_at_once=2, signs="batch", tolerance=None, microbatch_size=2
+    ),
     "hidden_kernels": network,
     "hoeffding_bentkus_p_value": lambda: {"values": np.array([0.1, 0.2, 0.0]), "mean": 0.5},
     "hutchinson_axis_traces": lambda: scored(
@@ -359,6 +362,14 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     ),
     "hutchinson_scores": lambda: scored(form="diagonal", probes=10, microbatch_size=2),
     "hutchinson_trace": lambda: scored(probes=10, probes_at_once=2, signs="batch", tolerance=None, microbatch_size=2),
+    "hutchinson_sums": lambda: scored(
+        sums=lambda tree: jax.tree.map(jnp.sum, tree),
+        probes=10,
+        probes_at_once=2,
+        signs="batch",
+        tolerance=None,
+        microbatch_size=2,
+    ),
     "hvp": lambda: loss() | {"vector": params(), "microbatch_size": 2},
     "input_moments": lambda: channels("apply_fn", "params", "inputs") | {"microbatch_size": 2},
     "is_kernel": lambda: {"path": "a", "leaf": jax.ShapeDtypeStruct((2, 2), "float32")},
@@ -618,6 +629,7 @@ MADE_BY_FUNCTIONS = {
     "BlockFisher",
     "BlockSums",
     "ChannelGroup",
+    "ChannelScoreEstimate",
     "ChannelGroups",
     "ChannelScores",
     "CollapseReport",
@@ -666,6 +678,7 @@ MADE_BY_FUNCTIONS = {
     "SparsityPath",
     "Stage",
     "StreamedFisher",
+    "SumEstimate",
     "SweptKernel",
     "TraceEstimate",
     "UpdateChoice",
