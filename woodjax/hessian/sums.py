@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Int, Key
 
+from woodjax.door import checked
 from woodjax.hessian._estimate import Signs, estimate
 from woodjax.placement import on_any_axes
 from woodjax.tree import make_layout
-from woodjax.typing import Batch, LossFn, Params, Select
+from woodjax.typing import Batch, LossFn, Params, PyTree, Select
 
 
 class SumEstimate(NamedTuple):
@@ -21,6 +22,7 @@ class SumEstimate(NamedTuple):
     probes: Int[Array, ""]  # used
 
 
+@checked
 @on_any_axes
 def hutchinson_sums(
     loss_fn: LossFn,
