@@ -32,7 +32,6 @@ __all__ = [
     "LossFn",
     "Masks",
     "Params",
-    "PyTree",
     "Scores",
     "Select",
     "Updates",
