@@ -54,8 +54,8 @@ def network_of(data_dir: Path | None, *, quick: bool) -> Network:
     if data_dir is None or quick:
         data = load("digits", None, image_size=8, examples=None)
         model = ResNet(1, widths=(8, 16, 32), rngs=nnx.Rngs(0))
-        optimizer = sgd_recipe(0.1, steps=6 * (data.num_train // 64))
-        fit(model, data, epochs=6, optimizer=optimizer, seed=0, batch_size=64)
+        optimizer = sgd_recipe(0.1, steps=4 * (data.num_train // 64))
+        fit(model, data, epochs=4, optimizer=optimizer, seed=0, batch_size=64)
         tests = {"digits": (data.test_inputs, data.test_labels)}
         return Network("resnet8-digits", model, data, tests, lambda rngs: ResNet(1, widths=(4, 8, 16), rngs=rngs))
     model = resnet20(nnx.Rngs(0))

@@ -32,7 +32,7 @@ def tune(
     quick: bool,
 ) -> None:
     """Fine-tune what is left, and record accuracy before and after, multiply-adds and parameters."""
-    epochs, examples, rate = (2, data.num_train, 0.02) if quick else (2, 12_500, 0.02)
+    epochs, examples, rate = (1, data.num_train, 0.02) if quick else (2, 12_500, 0.02)
     order = np.random.default_rng(seed).permutation(data.num_train)[:examples]
     part = data._replace(train_inputs=data.train_inputs[order], train_labels=data.train_labels[order])
     apply_fn, variables = functional_variables(model)
