@@ -211,7 +211,7 @@ for axes, (title, plan) in zip(rows, plans.items(), strict=True):
     axes.set(title=f"{title}: {100 * parts[0]:.0f} % of multiply-adds, {100 * parts[1]:.0f} % of parameters")
     axes.set(xlabel="channels")
 rows[0].invert_yaxis()
-rows[0].legend(loc="lower right")
+rows[0].legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
@@ -328,8 +328,8 @@ for shift, (field, color) in enumerate(bars):
     axes.bar(place + 0.27 * (shift - 1), values, width=0.25, color=color, label=field.replace("_", "-"))
 axes.axhline(100, color="0.4", linestyle=":")
 axes.set_xticks(place, [row.name for row in measured])
-axes.set(ylabel="% of the dense network", title=f"batch of 64 on {device.device_kind} ({device.platform})")
-axes.legend()
+axes.set(ylabel="% of the dense network", ylim=(0, 145), title=f"batch of 64 on {device.device_kind} ({device.platform})")
+axes.legend(ncols=3, loc="upper center")
 plt.show()
 
 # %% [markdown]
