@@ -197,7 +197,7 @@ def in_blocks(A, size):
 shares = {name: [in_blocks(A, size) for size in sizes] for name, A in matrices.items()}
 assert all(np.all(np.diff(share) > 0) for share in shares.values())
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 tiles = np.abs(H).reshape(d // 16, 16, d // 16, 16).mean(axis=(1, 3))
 picture = left.imshow(
     np.log10(tiles + 1e-9), cmap="magma", vmin=-5, vmax=-1, extent=(0, d, d, 0), interpolation="nearest"
@@ -221,7 +221,7 @@ plt.show()
 # The same $\hat F + \lambda I$ can be inverted by WoodFisher's recursion over examples (`scan`, `rank_k`), by a
 # Cholesky factor of the sums (`primal`), by Woodbury's identity for all rows at once (`dual`), or never, holding
 # gradients and a factor of their Gram matrix (`low_rank_fisher`). In exact arithmetic they are equal. In float32,
-# against NumPy's float64:
+# against NumPy in double precision:
 
 # %%
 few = jax.tree.map(lambda g: g[:128], gradients)
@@ -311,7 +311,7 @@ for name, curvature in curvatures.items():
     cosines[name] = float(np.mean(np.sum(found * expected, axis=1) / lengths))
     increases[name] = increase(wj.compensate(params, mask, curvature))
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
 left.barh(list(cosines), list(cosines.values()), color="#56b4e9")
 left.set(xlabel="cosine with the exact product", xlim=(min(cosines.values()) - 0.05, 1))
 right.barh(list(increases), list(increases.values()), color="#0072b2")
@@ -357,7 +357,7 @@ for title, name in judges.items():
         rows.append(("OBS", predicted, increase(updates)))
     points[title] = rows
 
-figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharex=True, sharey=True, layout="constrained")
+figure, panels = plt.subplots(1, 3, figsize=(11, 3.7), sharex=True, sharey=True, layout="constrained")
 ratios = {}
 for axes, (title, rows) in zip(panels, points.items(), strict=True):
     for kind, color in (("random", "#e69f00"), ("OBS", "#0072b2")):
