@@ -196,7 +196,7 @@ right.axvline(100 * (1 - SPARSITY), color="0.3", linestyle=":", label="asked for
 right.set_yticks(places, TITLES.values())
 right.invert_yaxis()
 right.set(xlabel="weights on a path from input to output, %", title="what is really left")
-right.legend(loc="lower right")
+right.legend(loc="upper left", bbox_to_anchor=(0.4, 0.9))
 plt.show()
 
 for criterion, (_, report) in found.items():
@@ -213,6 +213,10 @@ assert int(found["synflow"][1].collapsed) == 0
 for criterion in (c for c in CRITERIA if c != "random" and wj.INIT_CRITERIA[c].data):
     lowest = [float(r.lowest_density) for r in (masks_of(criterion, SPARSITY, cold_fn)[1], found[criterion][1])]
     print(f"{TITLES[criterion]:20} before the warm-up {100 * lowest[0]:6.2f} %, after it {100 * lowest[1]:6.2f} %")
+
+# %% [markdown]
+# A warm-up cuts both ways: in eval mode the scores are those of another network, whose signal does not fade, and
+# another threshold falls elsewhere. Look at the report on both before you train.
 
 # %% [markdown]
 # ## Training under the masks
@@ -272,7 +276,7 @@ axis.set(
     xlim=(5, 102),
     title="trained under masks of the untrained network",
 )
-axis.legend(loc="center left")
+figure.legend(loc="outside lower center", ncols=4)
 plt.show()
 
 # %% [markdown]

@@ -54,6 +54,7 @@ def execute(name: str, bars: Progress) -> NotebookNode:
             kernel_name="python3",
             timeout=TIMEOUT,
             record_timing=False,
+            coalesce_streams=True,
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns that it talks over local sockets
             resources={"metadata": {"path": folder}},
             on_cell_start=lambda cell, cell_index: bars.update(task, completed=cell_index),
