@@ -17,13 +17,13 @@ from pathlib import Path
 
 import jupytext
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 from rich.progress import Progress
 
 FOLDER = Path(__file__).parent
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
-TIMEOUT = 900  # seconds for a cell
+TIMEOUT = 3600  # seconds for a cell; a busy machine takes long
 
 
 class NotebookError(Exception):
@@ -54,15 +54,19 @@ def execute(name: str, bars: Progress) -> NotebookNode:
             kernel_name="python3",
             timeout=TIMEOUT,
             record_timing=False,
+            coalesce_streams=True,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns that it talks over local sockets
             resources={"metadata": {"path": folder}},
             on_cell_start=lambda cell, cell_index: bars.update(task, completed=cell_index),
         )
         try:
             client.execute()
-        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        except (CellExecutionError, CellTimeoutError, RuntimeError, AssertionError) as error:  # the last: a dead kernel
             number = int(bars.tasks[task].completed)
             first = notebook.cells[number].source.splitlines()[0]
-            raise NotebookError(f"{name}.py failed in cell {number}, which begins `{first}`:\n{error}") from error
+            raise NotebookError(
+                f"{name}.py failed in cell {number}, which begins `{first}`:\n{str(error) or repr(error)}"
+            ) from error
     bars.update(task, completed=len(notebook.cells))
     # The kernel's own version is no part of the notebook: another patch release would be a change of every file.
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
