@@ -84,6 +84,8 @@ def main() -> int:
     if unknown := sorted(set(chosen) - set(names())):
         options.error(f"no notebook {', '.join(unknown)}: choose of {', '.join(names())}")
     os.environ["WOODJAX_SMALL"] = str(int(args.small))
+    if args.small:  # nearly all of a small run is compiling
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     with Progress() as bars:
         for name in chosen:
             start = time.perf_counter()
