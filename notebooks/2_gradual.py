@@ -218,8 +218,8 @@ assert predicted[-1] >= 0
 
 # %% [markdown]
 # The prediction is far too small: some hundred gradients say nothing about most directions of so many weights, and what
-# they say nothing about looks free. It ranks weights well all the same. What a pruning costs, `loss_after - loss_before`
-# tells.
+# they say nothing about looks free. It ranks weights well all the same. What a pruning costs, `loss_after -
+# loss_before` tells.
 
 # %% [markdown]
 # ## Checkpoint and resume

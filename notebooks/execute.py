@@ -54,6 +54,7 @@ def execute(name: str, bars: Progress) -> NotebookNode:
             kernel_name="python3",
             timeout=TIMEOUT,
             record_timing=False,
+            coalesce_streams=True,
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns that it talks over local sockets
             resources={"metadata": {"path": folder}},
             on_cell_start=lambda cell, cell_index: bars.update(task, completed=cell_index),
@@ -83,6 +84,8 @@ def main() -> int:
     if unknown := sorted(set(chosen) - set(names())):
         options.error(f"no notebook {', '.join(unknown)}: choose of {', '.join(names())}")
     os.environ["WOODJAX_SMALL"] = str(int(args.small))
+    if args.small:  # nearly all of a small run is compiling
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     with Progress() as bars:
         for name in chosen:
             start = time.perf_counter()
