@@ -51,7 +51,7 @@ HIDDEN = 8 if SMALL else 16
 STEPS = 300 if SMALL else 600  # of L-BFGS
 DECAY = 3e-3
 DRAWS = 2 if SMALL else 6  # of random masks for each sparsity
-plt.rcParams.update({"figure.dpi": 64, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
+plt.rcParams.update({"figure.dpi": 60, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
 COLORS = {"Hessian": "#000000", "Gauss–Newton": "#0072b2", "empirical Fisher": "#d55e00"}
 
 # %% [markdown]
