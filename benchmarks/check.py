@@ -14,10 +14,12 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 EXPECTED = HERE / "expected.json"
-TOLERANCE = 2.0  # points of accuracy: 450 test images, and rounding that differs between machines
+# Points of accuracy: a standard error of two on 450 test images where half are right, and networks that are trained anew,
+# with other rounding on another machine.
+TOLERANCE = 4.0
 RUNS = {
-    "one-shot": "one_shot.py --quick --network digits-mlp --methods magnitude joint joint-staged --sparsities 0.9",
-    "gradual": "gradual.py --quick --methods magnitude woodfisher",
+    "one-shot": "one_shot.py --quick --network digits-mlp --methods magnitude joint-staged --sparsities 0.9",
+    "gradual": "gradual.py --quick --methods magnitude woodfisher --sparsities 0.9",
 }
 METRICS = {"accuracy", "final_accuracy"}
 
@@ -32,7 +34,7 @@ def measure(command: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.jsonl"
         words = [sys.executable, str(HERE / command.split()[0]), *command.split()[1:], "--json", str(out)]
-        environment = {"OPENBLAS_NUM_THREADS": "1"} | os.environ
+        environment = {"OPENBLAS_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{command}\n{done.stdout}{done.stderr}")

@@ -111,6 +111,7 @@ RECORDS = (
     ),
     Record("engines", "Curvature engines and their floors", "curvature", ("engines.py",)),
     Record("scale", "Many devices", "scale", ("scale.py",), False),
+    Record("robustness", "Bad arguments", "robustness", ("robustness.py --quick",), False),
     Record("language_model", "Layer by layer, a language model", "language_models", ("language_model.py",), False),
 )
 BY_NAME = {record.name: record for record in RECORDS}

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from records import read
 
-from woodjax.plots import COLORS
+from woodjax.plots.comparison import COLORS
 
 PANELS = (  # record, sparsity, metric, what is good, and what stands above
     ("one_shot_mlpnet", 0.95, "accuracy", 1, "MLPNet on MNIST, one-shot to 95 %"),

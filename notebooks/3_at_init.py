@@ -214,8 +214,9 @@ for criterion in (c for c in CRITERIA if c != "random" and wj.INIT_CRITERIA[c].d
     print(f"{TITLES[criterion]:20} before the warm-up {100 * lowest[0]:6.2f} %, after it {100 * lowest[1]:6.2f} %")
 
 # %% [markdown]
-# A warm-up cuts both ways: in eval mode the scores are those of another network, whose signal does not fade, and
-# another threshold falls elsewhere. Look at the report on both before you train.
+# Here no criterion's thinnest layer is better off for it: in eval mode the scores are those of another network, whose
+# signal does not fade, and another threshold falls elsewhere. On a [slim VGG](../benchmarks/results/pai_vgg_slim.md) it
+# goes both ways. Look at the report on both before you train.
 
 # %% [markdown]
 # ## Training under the masks

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 METHODS = ("magnitude", "diagonal", "woodfisher", "joint", "joint-staged", "auto")
+OTHERS = ("sum", "woodfisher-staged", "auto-first-order")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", type=Path, help="torch-layout safetensors file; without it the network is trained first")
     add("--epochs", type=int, default=30, help="epochs of that training")
     add("--sparsity", type=float, nargs="+", default=SPARSITIES, help="fractions to prune")
-    add("--method", nargs="+", default=METHODS, help="which of: " + ", ".join([*METHODS, "sum"]))
+    add("--method", nargs="+", default=METHODS, help="which of: " + ", ".join([*METHODS, *OTHERS]))
     add("--examples", type=int, default=1000, help="examples of the train split for each stage; auto chooses by itself")
     add(
         "--damping",

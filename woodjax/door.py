@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import AbstractArray, PyTree
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,7 +66,11 @@ def _guarded(function: F, own: tuple[str, ...]) -> F:
     @wraps(function)
     def run(*args: Any, **keywords: Any) -> Any:
         sizes: dict[str, tuple[int, str]] = {}
-        for name, value in signature.bind(*args, **keywords).arguments.items():
+        try:
+            given = signature.bind(*args, **keywords).arguments
+        except TypeError:  # an argument is missing or has another name: Python's own error names the function
+            return function(*args, **keywords)
+        for name, value in given.items():
             hint = hints.get(name, Any)
             if value is signature.parameters[name].default:
                 continue
@@ -131,8 +136,8 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _is_container(hint: Any, origin: type, value: Any) -> bool:
-    if origin in (Sequence, Iterable) and isinstance(value, jax.Array):
-        return True
+    if origin in (Sequence, Iterable) and isinstance(value, jax.Array | np.ndarray):
+        return value.ndim > 0
     if isinstance(value, str) or not isinstance(value, origin):
         return False
     one = next(reversed([part for part in get_args(hint) if part is not Ellipsis]), Any)
@@ -159,7 +164,7 @@ def _has_dtype(hint: Any, value: Any) -> bool:
         fits = not isinstance(hint.dtypes, list | tuple) or not kinds.isdisjoint(hint.dtypes)
         return hint.dim_str in ("", "...") and isinstance(value, numbers.Real) and fits
     if "prng_key" in hint.dtypes and value.dtype == jnp.uint32:
-        return value.shape == (2,)  # keys as they were before jax.random.key
+        return value.shape in ((2,), (4,))  # keys as they were before jax.random.key
     names = str(value.dtype).replace("key<fry>", "prng_key")
     names = "prng_key" if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else names
     return not isinstance(hint.dtypes, list | tuple) or any(re.fullmatch(kind, names) for kind in hint.dtypes)
@@ -184,17 +189,21 @@ def _check_dims(hint: Any, value: Any, name: str, sizes: dict[str, tuple[int, st
 
 
 def _check_leaves(tree: Any, name: str) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree.leaves(tree)
     if name in EXAMPLES and not leaves:
         raise ValueError(f"{name} has no leaf: pass arrays with the examples along the first axis.")
-    for path, leaf in leaves:
-        path_text = jax.tree_util.keystr(path, simple=True, separator="/")
-        where = f"leaf '{path_text}' of {name}" if path else name
+    for place, leaf in enumerate(leaves):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
-            raise ValueError(f"{where} is {_describe(leaf)}: pass a tree of arrays.")
+            raise ValueError(f"{_where(tree, place, name)} is {_describe(leaf)}: pass a tree of arrays.")
         shape = getattr(leaf, "shape", ())
         if name in EXAMPLES and shape[:1] == (0,):
-            raise ValueError(f"{where} has shape {shape}: pass a non-zero number of examples.")
+            raise ValueError(f"{_where(tree, place, name)} has shape {shape}: pass a non-zero number of examples.")
+
+
+def _where(tree: Any, place: int, name: str) -> str:
+    """The path of a leaf, written only for an error: it takes longer than all checks."""
+    path, _ = jax.tree_util.tree_leaves_with_path(tree)[place]
+    return f"leaf '{jax.tree_util.keystr(path, simple=True, separator='/')}' of {name}" if path else name
 
 
 def _describe(value: Any) -> str:

@@ -100,7 +100,7 @@ def report(
     if evaluate is not None:
         accuracies = {"before": _accuracy(evaluate(before)), "after": _accuracy(evaluate(after))}
     if evaluate is not None and magnitude:
-        accuracies["magnitude"] = _accuracy(evaluate(_smallest_gone(before, everything, sparsity)))
+        accuracies["magnitude"] = _accuracy(evaluate(_smallest_gone(before, everything)))
     macs = None
     if apply_fn is not None:
         each = jax.tree.leaves(weight_macs(apply_fn, before, example))
@@ -126,10 +126,17 @@ def _accuracy(value: Any) -> float:
     return accuracy
 
 
-def _smallest_gone(before: Params, leaves: Sequence[Leaf], sparsity: float) -> Params:
+def _smallest_gone(before: Params, leaves: Sequence[Leaf]) -> Params:
+    """As many weights gone as were pruned, of the leaves that anything was pruned of."""
+    touched = [leaf.counts and not leaf.mask.all() for leaf in leaves]
     scores = [
-        jnp.abs(jnp.asarray(leaf.before)) if leaf.counts else jnp.full(leaf.mask.shape, jnp.inf) for leaf in leaves
+        jnp.abs(jnp.asarray(leaf.before)) if here else jnp.full(leaf.mask.shape, jnp.inf)
+        for leaf, here in zip(leaves, touched, strict=True)
     ]
+    ranked = [leaf for leaf, here in zip(leaves, touched, strict=True) if here]
+    if not ranked:
+        return before
+    sparsity = 1 - sum(leaf.kept for leaf in ranked) / sum(leaf.mask.size for leaf in ranked)
     return apply_masks(before, make_masks(jax.tree.unflatten(jax.tree.structure(before), scores), sparsity))
 
 
