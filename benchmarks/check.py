@@ -14,8 +14,8 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 EXPECTED = HERE / "expected.json"
-# Points of accuracy: the standard error is two on 450 test images where half are right, and networks are trained anew, with
-# other rounding on another machine.
+# Points of accuracy: the standard error is two on 450 test images where half are right, and networks are trained anew,
+# with other rounding on another machine.
 TOLERANCE = 4.0
 RUNS = {
     "one-shot": "one_shot.py --quick --network digits-mlp --methods magnitude joint-staged --sparsities 0.9",
