@@ -12,7 +12,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-FROM_OUTSIDE = ("CHANGELOG.md", "benchmarks/results/*.md", "benchmarks/results/*.png")
+FROM_OUTSIDE = ("CHANGELOG.md", *(f"benchmarks/results/*.{kind}" for kind in ("jsonl", "md", "png")))
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
 ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
 
@@ -26,8 +26,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links that climb out of `docs/` stop at its root."""
+    """Links that climb out of `docs/` stop at its root, and those of records find it there."""
     depth = page.file.src_uri.count("/")
+    markdown = markdown.replace("](" + "../" * depth + "docs/", "](" + "../" * depth)
     return re.sub(rf"\]\((?:\.\./){{{depth + 1}}}(?=CHANGELOG|benchmarks/results/)", "](" + "../" * depth, markdown)
 
 
