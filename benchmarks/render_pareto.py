@@ -51,8 +51,8 @@ def draw(axes: Axes, points: dict[str, tuple[float, float]], sign: int) -> None:
     for i, (title, (cost, gain)) in enumerate(points.items()):
         axes.plot(cost, gain, "os"[i // len(COLORS)], color=COLORS[i % len(COLORS)], label=title)
     axes.set_xscale("log")
-    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        formatter(LogFormatter(minor_thresholds=(1.5, 0.4)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.4)))
     axes.set_xlabel("seconds a run")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7, loc="best")
