@@ -17,6 +17,7 @@ This page is written by `python benchmarks page`.
 
 Accuracy against the time of a run, compilation included; the line is the Pareto front, what no other method beats in
 both. One stage of anything is cheap: what pays is to recompute the curvature.
+*First order* descends on the labels as well, which is training: not to be compared with the others blindly.
 
 ![Accuracy against seconds, with the Pareto front](pareto.png)
 """

@@ -303,3 +303,13 @@ def test_pictures_refuse(draw, message):
 def test_matplotlib_is_not_imported_with_the_library():
     code = "import sys, woodjax; sys.exit('matplotlib' in sys.modules or 'woodjax.report' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_magnitude_prunes_the_leaves_that_were_pruned():
+    """As many of the smallest weights, of what the pruning touched; the small weights of the head stay."""
+    before = {"h": jnp.arange(1.0, 7.0).reshape(2, 3), "head": jnp.full((2, 2), 0.1)}
+    masks = {"h": jnp.array([[True, False, True], [False, True, False]]), "head": jnp.ones((2, 2), bool)}
+    seen = []
+    report(before, wj.apply_masks(before, masks), masks, evaluate=lambda p: seen.append(p) or 0.5, magnitude=True)
+    assert any((tree["h"] == jnp.array([[0.0, 0.0, 0.0], [4.0, 5.0, 6.0]])).all() for tree in seen)
+    assert all((tree["head"] == before["head"]).all() for tree in seen)

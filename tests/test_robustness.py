@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import robustness_calls as robustness
 import robustness_cases as cases
+from jaxtyping import Array, Key
 
 import woodjax as wj
 from woodjax.door import checked
@@ -85,3 +86,24 @@ def test_a_checked_function_keeps_its_name_and_signature():
     assert guarded(1.5, times=3) == 4.5
     with pytest.raises(ValueError, match=r"times is 2\.5: pass an integer"):
         guarded(1.5, 2.5)
+
+
+def test_what_is_like_the_annotation_passes():
+    """A row of numbers is a sequence, in NumPy as well; old keys of any implementation are keys."""
+    fisher, params = cases.fisher(), cases.params()
+    path = wj.sparsity_path(params, fisher, np.array([0.25, 0.5]))
+    np.testing.assert_allclose(path.sparsity, wj.sparsity_path(params, fisher, [0.25, 0.5]).sparsity)
+    with pytest.raises(ValueError, match="sparsities is float64"):
+        wj.sparsity_path(params, fisher, np.array(0.5))
+
+    @checked
+    def shape_of(key: Key[Array, ""]) -> tuple[int, ...]:
+        return key.shape
+
+    for implementation, shape in (("threefry2x32", (2,)), ("rbg", (4,))):
+        assert shape_of(jax.random.key_data(jax.random.key(0, impl=implementation))) == shape
+
+
+def test_a_missing_argument_is_pythons_own_error():
+    with pytest.raises(TypeError, match=r"make_masks\(\) missing 1 required positional argument"):
+        wj.make_masks(cases.params())
