@@ -75,7 +75,7 @@ def weight_macs(function: Callable[[Params, Any], Any], params: Params, example:
 
 
 @checked
-def count_macs(apply_fn: Callable[[Params, Any], Any], variables: Params, inputs: Example | Batch) -> int:
+def count_macs(apply_fn: Callable[[Params, Any], Any], variables: Params | None, inputs: Example | Batch) -> int:
     """Multiply-adds of all products in one call: with weights, and of activations with each other.
 
     Unlike `weight_macs`, which shares out those with weights, this counts the two products inside attention as well.

@@ -82,6 +82,9 @@ def select_channels(
             raise ValueError(f"{name} is {value}: expected a fraction between 0 and 1.")
     if not isinstance(round_to, (int, np.integer)) or round_to < 1:
         raise ValueError(f"round_to is {round_to}: expected a whole number of channels, 1 or more.")
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise ValueError(f"ratio is {ratio}: expected a fraction of the channels between 0 and 1.")
+    fraction, budget = (0.0, _budget(groups, parameters, macs, cost)) if ratio is None else (ratio, None)
     if not scores:
         raise ValueError("scores are empty: pass scores of one group at least, such as l2_channel_scores(...) makes.")
     order = _removable(groups, scores, max_ratio)
@@ -89,18 +92,16 @@ def select_channels(
     def first(count: int) -> Selection:
         return _without(groups, order[:count], implants, round_to)
 
-    if ratio is not None:
-        if not 0 <= ratio <= 1:
-            raise ValueError(f"ratio is {ratio}: expected a fraction of the channels between 0 and 1.")
+    if budget is None:
         scored = sum(groups[name].size for name in scores)
-        count = round(ratio * scored)
+        count = round(fraction * scored)
         if count > len(order):
             raise ValueError(
                 f"ratio is {ratio}, {count} of {scored} channels: max_ratio={max_ratio}, one channel that "
                 f"every group keeps and scores of +inf leave {len(order)} to remove."
             )
         return first(count)
-    measure, limit = _budget(groups, parameters, macs, cost)
+    measure, limit = budget
     if measure(first(len(order))) > limit:
         raise ValueError(
             f"The budget {given[0]}={asked[given[0]]} cannot be reached: with all {len(order)} channels removed that "
